@@ -1,0 +1,232 @@
+"""The contract of an agent, and what all agents share.
+
+An agent is a class with a frozen `Config`, a `build` that makes networks and optimisers for M
+members, an `update(batch)` that is pure tensor arithmetic (no reads to the host, no logging), and an
+`actor` that becomes the exported policy.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from saferl.data.buffer import Batch
+from saferl.errors import SaferlError, unknown
+from saferl.nn import Policy
+from saferl.rng import MemberRandom
+from saferl.spec import Spec
+
+Metrics = dict[str, Tensor]  # name → [M], on the device
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Hyper-parameters that every agent has. Unknown keys and wrong types are errors."""
+
+    batch_size: int = 256  # transitions per member and update
+    discount: float = 0.99  # γ, per environment step
+    hidden: tuple[int, ...] = (256, 256)  # units of each hidden layer
+    normalize_observations: bool = False  # (s - mean) / (std + 1e-3) over the dataset
+    normalize_rewards: bool = False  # × 1000 / (largest - smallest episode return)
+    reward_scale: float = 1.0  # training reward = scale × raw + shift; scores use raw rewards
+    reward_shift: float = 0.0  # changes what is optimal where episodes can terminate
+
+
+class Agent:
+    """M members of one method, trained as one batch.
+
+    Args:
+        spec: sizes and units of the task.
+        config: an instance of the class's `Config`. A field named in `variants` may hold one value
+            per member.
+        members: seeds, one per member, or a count n for the seeds 0 … n-1.
+        device: where everything lives.
+
+    Raises:
+        SaferlError: the task's action space is not the one the method is for; a per-member value
+            where none is possible; a number of values that differs from the number of members.
+    """
+
+    Config: ClassVar[type[AgentConfig]] = AgentConfig
+    discrete: ClassVar[bool] = False  # the action space the method is for
+    variants: ClassVar[frozenset[str]] = frozenset()  # fields that may differ between members
+    needs_costs: ClassVar[bool] = False
+    actor: nn.Module
+
+    def __init__(
+        self,
+        spec: Spec,
+        config: AgentConfig,
+        members: int | Sequence[int] = 1,
+        device: torch.device | str = "cpu",
+    ):
+        self.spec, self.config = spec, config
+        self.seeds = tuple(range(members)) if isinstance(members, int) else tuple(members)
+        self.members = len(self.seeds)
+        self.device = torch.device(device)
+        if spec.discrete != self.discrete:
+            kind = "discrete" if spec.discrete else "continuous"
+            raise SaferlError(
+                f"{type(self).__name__} is for {'discrete' if self.discrete else 'continuous'} "
+                f"actions but the task's are {kind}: `saferl list` shows which agent takes which"
+            )
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.name != "hidden" and isinstance(value, tuple):
+                if field.name not in self.variants:
+                    raise SaferlError(
+                        f"{field.name} cannot differ between members; these can: "
+                        f"{', '.join(sorted(self.variants)) or 'none'}"
+                    )
+                if len(value) != self.members:
+                    raise SaferlError(
+                        f"{field.name} has {len(value)} values for {self.members} members"
+                    )
+        self.updates = 0
+        self.random = MemberRandom(self.seeds, self.device, stream=1)
+        self.build(MemberRandom(self.seeds, "cpu", stream=0))
+        for module in vars(self).values():
+            if isinstance(module, nn.Module):
+                module.to(self.device)
+
+    # What a method provides.
+
+    def build(self, init: MemberRandom) -> None:
+        """Make networks (on the CPU, from ``init``) and optimisers; set ``self.actor``."""
+        raise NotImplementedError
+
+    def update(self, batch: Batch) -> Metrics:
+        """One gradient step on a batch ``[M, B]``; metrics ``[M]`` stay on the device."""
+        raise NotImplementedError
+
+    # What they share.
+
+    def policy(self) -> Policy:
+        """The policy from raw observations to raw actions; shares the agent's weights."""
+        return Policy(self.actor, self.spec, self.members).to(self.device)
+
+    def scalar(self, name: str, axes: int = 1) -> float | Tensor:
+        """A hyper-parameter: a float, or ``[M, 1…]`` with ``axes`` trailing axes if it varies."""
+        value = getattr(self.config, name)
+        if not isinstance(value, tuple):
+            return value
+        cache = self.__dict__.setdefault("_scalars", {})
+        if (name, axes) not in cache:
+            tensor = torch.tensor(value, dtype=torch.float32, device=self.device)
+            cache[name, axes] = tensor.view(-1, *(1,) * axes)
+        return cache[name, axes]
+
+    @staticmethod
+    def target_of(network: nn.Module) -> nn.Module:
+        """A frozen copy, to be moved by `polyak`."""
+        return copy.deepcopy(network).requires_grad_(False)
+
+    @staticmethod
+    def adam(*networks: nn.Module | nn.Parameter, lr: float) -> torch.optim.Adam:
+        """One Adam over stacked parameters: M exact Adams, since losses are summed over members."""
+        parameters: list[nn.Parameter] = []
+        for network in networks:
+            parameters += [network] if isinstance(network, nn.Parameter) else network.parameters()
+        return torch.optim.Adam(parameters, lr=lr, fused=True)
+
+    @staticmethod
+    def minimise(optimizer: torch.optim.Optimizer, loss: Tensor, retain: bool = False) -> None:
+        """Step on the sum of ``loss`` ``[M]`` with gradients of the optimiser's parameters alone.
+
+        Nothing else receives a gradient, so none is computed to be thrown away, and a parameter that
+        the loss does not reach is an error.
+        """
+        parameters = optimizer.param_groups[0]["params"]
+        gradients = torch.autograd.grad(loss.sum(), parameters, retain_graph=retain)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        optimizer.step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that training depends on, as one flat dictionary of tensors."""
+        state = {"updates": torch.tensor(self.updates)}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.optim.Optimizer):
+                for index, slots in value.state_dict()["state"].items():
+                    for slot, tensor in slots.items():
+                        state[f"{name}.{index}.{slot}"] = tensor
+            elif isinstance(value, (nn.Module, MemberRandom)):
+                for key, tensor in value.state_dict().items():
+                    state[f"{name}.{key}"] = tensor
+            elif isinstance(value, nn.Parameter):
+                state[name] = value.data
+        return {key: tensor.detach() for key, tensor in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned, for an agent of the same spec, config and members."""
+        self.updates = int(state["updates"])
+        for name, value in vars(self).items():
+            own = {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")}
+            if isinstance(value, torch.optim.Optimizer):
+                slots: dict[int, dict[str, Tensor]] = {}
+                for key, tensor in own.items():
+                    index, slot = key.split(".")
+                    slots.setdefault(int(index), {})[slot] = tensor.clone()
+                groups = value.state_dict()["param_groups"]
+                value.load_state_dict({"state": slots, "param_groups": groups})
+            elif isinstance(value, (nn.Module, MemberRandom)):
+                value.load_state_dict(own)
+            elif isinstance(value, nn.Parameter):
+                with torch.no_grad():
+                    value.copy_(state[name])
+
+
+def config_from(config_class: type[AgentConfig], values: dict[str, Any]) -> AgentConfig:
+    """A config from plain values (YAML or the command line), checked field by field.
+
+    Raises:
+        SaferlError: an unknown key (naming the nearest), or a value of the wrong type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    converted = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise unknown("config key", key, fields)
+        converted[key] = _convert(key, value, fields[key].default)
+    return config_class(**converted)
+
+
+def _convert(key: str, value: Any, default: Any) -> Any:
+    """``value`` in the type of the field's default; a list where a number belongs is per member."""
+    try:
+        if isinstance(default, tuple):  # hidden
+            return tuple(int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
+        if isinstance(value, (list, tuple)):
+            if isinstance(default, bool) or not isinstance(default, (int, float)):
+                raise TypeError
+            return tuple(float(v) for v in value)
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise TypeError
+            return value
+        if isinstance(default, int):
+            if isinstance(value, bool) or int(value) != float(value):
+                raise TypeError
+            return int(value)
+        if isinstance(default, float):
+            if isinstance(value, bool):
+                raise TypeError
+            return float(value)
+        if isinstance(default, str):
+            return str(value)
+        return value
+    except (TypeError, ValueError):
+        raise SaferlError(
+            f"{key} = {value!r} is not {_article(default)}: its default is {default!r}"
+        ) from None
+
+
+def _article(default: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    return names.get(type(default), "a list of whole numbers")

@@ -1,0 +1,47 @@
+"""Cost-bearing environments and wrappers.
+
+Importing this module registers the velocity tasks with gymnasium, the way its plug-ins do:
+
+    import gymnasium, saferl.envs
+    env = gymnasium.make("saferl/HopperVelocity-v0")
+
+or, without the import, ``gymnasium.make("saferl.envs:saferl/HopperVelocity-v0")``. Gymnasium 1.x
+imports no plug-ins by itself; saferl's own commands find these ids (and those of any package that
+declares the same entry point) through the entry-point group ``gymnasium.envs``.
+"""
+
+from __future__ import annotations
+
+HORIZON = 1000
+"""Steps after which an episode of the velocity tasks is truncated."""
+
+VELOCITY_THRESHOLDS = {
+    "Hopper": 0.7402,
+    "HalfCheetah": 3.2096,
+    "Walker2d": 2.3415,
+    "Ant": 2.6222,
+    "Swimmer": 0.2282,
+    "Humanoid": 1.4149,
+}
+"""Speed in metres per second above which a step costs 1 (those of Safety-Gymnasium's v1 tasks)."""
+
+
+def register_envs() -> None:
+    """Register ``saferl/HopperVelocity-v0`` and its five siblings with gymnasium.
+
+    Only names are stored: the simulator is imported by ``gymnasium.make``. Calling it again, or
+    from gymnasium's ``namespace`` context as older versions do, changes nothing.
+    """
+    from gymnasium.envs.registration import register, registry
+
+    for robot in VELOCITY_THRESHOLDS:
+        name = f"saferl/{robot}Velocity-v0"
+        if name not in registry:
+            register(
+                id=name,
+                entry_point=f"saferl.envs.velocity:{robot}VelocityEnv",
+                max_episode_steps=HORIZON,
+            )
+
+
+register_envs()

@@ -1,0 +1,27 @@
+"""The one exception that a user's mistake raises.
+
+Its message is a single line that says what is wrong and what to do. The command line prints it
+without a traceback and exits with status 2; in Python it is an ordinary ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SaferlError(ValueError):
+    """A mistake that the caller can mend, told in one line."""
+
+
+def unknown(kind: str, name: str, valid: Iterable[str], hint: str = "") -> SaferlError:
+    """An error for an unknown name that offers the nearest valid one.
+
+    >>> str(unknown("agent", "cqll", ["bc", "cql"]))
+    "unknown agent 'cqll': did you mean 'cql'? Valid: bc, cql"
+    """
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name.lower(), valid, n=1, cutoff=0.5)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    listing = ", ".join(valid) if len(valid) <= 30 else ", ".join(valid[:30]) + ", …"
+    return SaferlError(f"unknown {kind} {name!r}: {guess}{hint or 'Valid: ' + listing}".rstrip())

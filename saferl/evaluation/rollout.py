@@ -1,0 +1,482 @@
+"""Rollouts: many environments stepped in lock-step, one batched policy call per step.
+
+`Evaluator` plays whole episodes for M members at once; `collect_transitions` records a data set.
+Environments are gymnasium's; the cost of a step is ``info["cost"]``, or the third of six returned
+values as in Safety-Gymnasium. Observations of any Box, Discrete or Dict space are flattened to
+float32 the way ``gymnasium.spaces.flatten`` does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from saferl.errors import SaferlError
+
+Env = Any  # a gymnasium id, or a function without arguments that makes an environment
+
+HORIZON = 10_000
+"""Steps after which an episode is cut where neither caller nor environment sets a limit."""
+SLOTS = 128
+"""Most environments an `Evaluator` keeps alive; further episodes queue for a slot."""
+
+
+def make_env(env: Env) -> Any:
+    """An environment from a gymnasium id or a factory.
+
+    Ids of packages that declare a ``gymnasium.envs`` entry point (saferl's own among them) are found
+    without an import, which gymnasium 1.x no longer does itself.
+    """
+    if not isinstance(env, str):
+        return env()
+    import gymnasium
+    from gymnasium.envs.registration import registry
+
+    try:
+        if env not in registry and ":" not in env:
+            from importlib.metadata import entry_points
+
+            plugin = env.split("/")[0] if "/" in env else "__root__"
+            for entry in entry_points(group="gymnasium.envs", name=plugin):
+                entry.load()()
+        with warnings.catch_warnings():
+            # D4RL's scores are defined on the -v4 robots: that v5 exists is no reason to warn.
+            warnings.filterwarnings("ignore", ".*out of date.*", DeprecationWarning)
+            return gymnasium.make(env, disable_env_checker=True)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise SaferlError(f"cannot make environment {env!r}: {_one_line(error)}") from error
+
+
+def check_spaces(env: Env, spec: Any) -> None:
+    """Raise `SaferlError` if the environment's spaces are not those of ``spec``.
+
+    ``spec``: anything with ``observation_dim``, ``action_dim`` (number of actions when discrete) and
+    ``discrete``: a `Spec` or a `Dataset`. ``env``: id, factory or environment.
+    """
+    if hasattr(env, "observation_space"):
+        _check_spaces(_name(env, env), _Spaces(env), spec)
+        return
+    made = make_env(env)
+    try:
+        _check_spaces(_name(env, made), _Spaces(made), spec)
+    finally:
+        made.close()
+
+
+def _check_spaces(name: str, spaces: _Spaces, spec: Any) -> None:
+    advice = "use the environment that the data come from"
+    if spaces.observation_dim != spec.observation_dim:
+        raise SaferlError(
+            f"{name} has observations of {spaces.observation_dim} numbers, but the policy was "
+            f"trained on {spec.observation_dim}: {advice}"
+        )
+    wanted = _actions(spec.discrete, spec.action_dim)
+    found = _actions(spaces.discrete, spaces.action_dim)
+    if wanted != found:
+        raise SaferlError(f"{name} takes {found}, but the policy gives {wanted}: {advice}")
+
+
+def _actions(discrete: bool, size: int) -> str:
+    return f"one of {size} discrete actions" if discrete else f"{size} continuous actions"
+
+
+def _name(env: Env, made: Any) -> str:
+    if isinstance(env, str):
+        return env
+    spec = getattr(made, "spec", None)
+    return spec.id if spec is not None else type(getattr(made, "unwrapped", made)).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0].rstrip(": ")
+
+
+class _Spaces:
+    """Sizes of an environment's spaces and the two conversions."""
+
+    def __init__(self, env: Any):
+        from gymnasium import spaces
+
+        space, action = env.observation_space, env.action_space
+        self.observation_dim = int(spaces.flatdim(space))
+        self.discrete = isinstance(action, spaces.Discrete)
+        if not self.discrete and not isinstance(action, spaces.Box):
+            raise SaferlError(
+                f"action space {action} is neither Box nor Discrete: wrap the environment so that "
+                "it is"
+            )
+        self._box = isinstance(space, spaces.Box)
+        self._space, self._flatten = space, spaces.flatten
+        if self.discrete:
+            self.action_dim, self._start = int(action.n), int(action.start)
+        else:
+            self.action_dim, self._shape = int(np.prod(action.shape)), action.shape
+            self._dtype = action.dtype
+            self.low = action.low.astype(np.float32).ravel()
+            self.high = action.high.astype(np.float32).ravel()
+
+    def flatten(self, observation: Any) -> np.ndarray:
+        if self._box:
+            return np.asarray(observation).reshape(-1)
+        return self._flatten(self._space, observation)
+
+    def clip(self, actions: np.ndarray) -> np.ndarray:
+        """``[B, A]`` float32 inside the Box, or ``[B]`` int64: what is executed and recorded."""
+        if self.discrete:
+            return actions.astype(np.int64)
+        return np.clip(actions.astype(np.float32), self.low, self.high)
+
+    def native(self, action: np.ndarray) -> Any:
+        if self.discrete:
+            return int(action) + self._start
+        # A copy: an environment may keep or change the array that it is given.
+        return action.reshape(self._shape).astype(self._dtype)
+
+
+class _Slots:
+    """A row of environments; `start` begins an episode in one, `step` advances all that run.
+
+    ``observations`` [B, O] holds the current observation of each slot (that of a finished slot
+    stays as a dummy); after `step`, ``rewards``, ``costs``, ``terminals`` and ``timeouts`` [B]
+    describe the step of the slots that ran.
+    """
+
+    def __init__(self, env: Env, count: int, horizon: int | None):
+        self.envs: list[Any] = []
+        try:
+            for _ in range(count):
+                self.envs.append(make_env(env))
+            first = self.envs[0]
+            self.name, self.spaces = _name(env, first), _Spaces(first)
+        except BaseException:
+            self.close()
+            raise
+        own = getattr(getattr(first, "spec", None), "max_episode_steps", None)
+        self.horizon = int(horizon or own or HORIZON)
+        self.observations = np.zeros((count, self.spaces.observation_dim), np.float32)
+        self.rewards, self.costs = np.zeros(count), np.zeros(count)
+        self.terminals, self.timeouts = np.zeros(count, bool), np.zeros(count, bool)
+        self.running, self.has_costs = np.zeros(count, bool), False
+        self.elapsed = np.zeros(count, np.int64)
+        self.episode = np.zeros(count, np.int64)
+        self.seed = 0  # episode k is reset with seed + k
+
+    def begin(self, seed: int) -> None:
+        """Forget whatever ran before."""
+        self.seed, self.has_costs = seed, False
+        self.running[:] = False
+
+    def start(self, slot: int, episode: int) -> None:
+        self.episode[slot], self.elapsed[slot] = episode, 0
+        self.running[slot] = True
+        try:
+            observation, _ = self.envs[slot].reset(seed=self.seed + episode)
+            self.observations[slot] = self.spaces.flatten(observation)
+        except Exception as error:
+            raise self._failure(slot, _one_line(error)) from error
+        if not np.isfinite(self.observations[slot]).all():
+            raise self._failure(slot, "the first observation is not finite")
+
+    def step(self, actions: np.ndarray) -> np.ndarray:
+        """Advance with executed actions ``[B, ...]``; returns the slots whose episode ended."""
+        ran = np.flatnonzero(self.running)
+        for i in ran:
+            self.elapsed[i] += 1
+            try:
+                result = self.envs[i].step(self.spaces.native(actions[i]))
+                if len(result) == 6:  # Safety-Gymnasium
+                    observation, reward, cost, terminated, truncated, _ = result
+                else:
+                    observation, reward, terminated, truncated, info = result
+                    cost = info.get("cost")
+                self.observations[i] = self.spaces.flatten(observation)
+                self.rewards[i] = reward
+                self.costs[i] = 0.0 if cost is None else np.asarray(cost, np.float64).item()
+            except Exception as error:
+                raise self._failure(i, _one_line(error)) from error
+            self.has_costs |= cost is not None
+            self.terminals[i] = terminated
+            self.timeouts[i] = not terminated and (truncated or self.elapsed[i] >= self.horizon)
+        for what, values in (
+            ("observation", self.observations[ran].sum(1)),
+            ("reward", self.rewards[ran]),
+            ("cost", self.costs[ran]),
+        ):
+            if not np.isfinite(values).all():
+                slot = ran[np.argmin(np.isfinite(values))]
+                raise self._failure(slot, f"the environment returned a non-finite {what}")
+        ended = ran[self.terminals[ran] | self.timeouts[ran]]
+        self.running[ended] = False
+        return ended
+
+    def _failure(self, slot: int, what: str) -> SaferlError:
+        episode = int(self.episode[slot])
+        return SaferlError(
+            f"{self.name}, episode {episode} (reset with seed {self.seed + episode}), step "
+            f"{self.elapsed[slot]}: {what}"
+        )
+
+    def act(self, choose: Callable[[np.ndarray], Any], members: int) -> np.ndarray:
+        """Executed actions ``[B, ...]`` of ``choose(observations [M, B / M, O])``."""
+        chosen = choose(self.observations.reshape(members, -1, self.spaces.observation_dim))
+        if hasattr(chosen, "detach"):
+            chosen = chosen.detach().cpu().numpy()
+        chosen, count = np.asarray(chosen), len(self.envs)
+        wanted = (members, count // members) + (
+            () if self.spaces.discrete else (self.spaces.action_dim,)
+        )
+        if chosen.shape != wanted:
+            raise SaferlError(
+                f"{self.name}: the policy returned actions of shape {chosen.shape}, "
+                f"expected {wanted}"
+            )
+        chosen = chosen.reshape(count, *wanted[2:])
+        if not np.isfinite(chosen[self.running]).all():
+            finite = np.isfinite(chosen.reshape(count, -1)).all(1) | ~self.running
+            raise self._failure(int(np.argmin(finite)), "the policy returned a non-finite action")
+        return self.spaces.clip(chosen)
+
+    def close(self) -> None:
+        while self.envs:
+            self.envs.pop().close()
+
+
+def _chooser(policy: Any, random: Any = None) -> Callable[[np.ndarray], Any]:
+    """``observations [M, B, O]`` (numpy) to actions, on the policy's device and without gradients."""
+    import torch
+
+    device = torch.device("cpu")
+    if isinstance(policy, torch.nn.Module):
+        tensors = [*policy.parameters(), *policy.buffers()]
+        device = tensors[0].device if tensors else device
+    act = policy if random is None else lambda observations: policy.sample(observations, random)
+
+    @torch.no_grad()
+    def choose(observations: np.ndarray) -> Any:
+        return act(torch.from_numpy(observations).to(device))
+
+    return choose
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Sums over whole episodes, each array ``[members, episodes]``; costs None if none was seen."""
+
+    returns: np.ndarray
+    costs: np.ndarray | None
+    lengths: np.ndarray
+    env: str
+    seed: int
+
+
+class Evaluator:
+    """Environments kept for repeated evaluation: ``Evaluator(env, members, episodes).run(policy)``.
+
+    - ``env``: gymnasium id, or a function without arguments that makes an environment;
+    - ``members``: leading axis of the policies it will run; ``episodes``: per member and run;
+    - ``horizon``: steps after which an episode is cut; the environment's own limit when None, else
+      10 000, so that an environment that never ends does not run for ever.
+
+    Close it, or use it in a ``with`` statement.
+    """
+
+    def __init__(self, env: Env, members: int = 1, episodes: int = 10, horizon: int | None = None):
+        if members < 1 or episodes < 1:
+            raise SaferlError(f"needs 1 or more members and episodes, got {members}, {episodes}")
+        if horizon is not None and horizon < 1:
+            raise SaferlError(f"the horizon must be 1 step or more, got {horizon}")
+        self.members, self.episodes = members, episodes
+        self._per_member = min(episodes, max(1, SLOTS // members))
+        self._slots = _Slots(env, members * self._per_member, horizon)
+
+    def check(self, spec: Any) -> None:
+        """`check_spaces` with the environments at hand."""
+        _check_spaces(self._slots.name, self._slots.spaces, spec)
+
+    def run(self, policy: Any, seed: int = 0, progress: bool = False) -> Episodes:
+        """Play ``episodes`` whole episodes per member with the deterministic policy.
+
+        ``policy(observations [M, B, O]) -> actions [M, B, A]`` (``[M, B]`` when discrete) with
+        M = ``policy.members``, or 1 without that attribute. Episode k of every member is reset with
+        ``seed + k``: all members meet the same initial states. Actions are clipped to the Box. A
+        step without a cost counts as 0 if any other step had one.
+        """
+        members = int(getattr(policy, "members", 1))
+        if members != self.members:
+            raise SaferlError(
+                f"the evaluator was made for {self.members} members, the policy has {members}"
+            )
+        if getattr(policy, "spec", None) is not None:
+            self.check(policy.spec)
+        slots, per_member = self._slots, self._per_member
+        choose = _chooser(policy)
+        returns, costs = np.zeros((members, self.episodes)), np.zeros((members, self.episodes))
+        lengths = np.zeros((members, self.episodes), np.int64)
+        owner = np.repeat(np.arange(members), per_member)
+        slots.begin(seed)
+        for slot in range(len(owner)):
+            slots.start(slot, slot % per_member)
+        with _bar(members * self.episodes, "evaluating", "episode", progress) as bar:
+            while slots.running.any():
+                ran = slots.running.copy()
+                ended = slots.step(slots.act(choose, members))
+                at = owner[ran], slots.episode[ran]
+                returns[at] += slots.rewards[ran]
+                costs[at] += slots.costs[ran]
+                lengths[at] += 1
+                for slot in ended:
+                    bar.update(1)
+                    following = int(slots.episode[slot]) + per_member
+                    if following < self.episodes:
+                        slots.start(slot, following)
+        return Episodes(returns, costs if slots.has_costs else None, lengths, slots.name, seed)
+
+    def close(self) -> None:
+        self._slots.close()
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def rollout(
+    policy: Any,
+    env: Env,
+    episodes: int = 10,
+    seed: int = 0,
+    horizon: int | None = None,
+    progress: bool = False,
+) -> Episodes:
+    """Play ``episodes`` episodes per member once; see `Evaluator` and `Evaluator.run`."""
+    members = int(getattr(policy, "members", 1))
+    with Evaluator(env, members, episodes, horizon) as evaluator:
+        return evaluator.run(policy, seed, progress)
+
+
+def collect_transitions(
+    policy: Any,
+    env: Env,
+    steps: int,
+    seed: int = 0,
+    *,
+    stochastic: bool = False,
+    random: Any = None,
+    slots: int = 16,
+    horizon: int | None = None,
+    progress: bool = False,
+) -> dict[str, np.ndarray | None]:
+    """Record at least ``steps`` transitions in whole episodes.
+
+    ``policy``: a policy of one member, or None for uniformly random actions. ``stochastic`` draws
+    from ``policy.sample(observations, random)``, ``random`` being a `MemberRandom` of one seed
+    (``MemberRandom([seed])`` when None). Episode k is reset with ``seed + k``.
+
+    Returns ``observations`` [N, O], ``actions`` [N, A] (or [N] int64), ``rewards`` [N], ``costs``
+    [N] or None, ``next_observations`` [N, O], ``terminals`` and ``timeouts`` [N] bool; the rest
+    float32. Actions are those executed, inside the Box. Episodes lie in the order in which they were
+    started, and those beyond the first that reach ``steps`` rows are dropped; so short episodes
+    are not preferred, and the result depends on the arguments only.
+    """
+    if steps < 1 or slots < 1:
+        raise SaferlError(f"steps and slots must be 1 or more, got {steps} and {slots}")
+    if policy is not None and int(getattr(policy, "members", 1)) != 1:
+        raise SaferlError(f"collecting needs a policy of one member, got {policy.members}")
+    row = _Slots(env, slots, horizon)
+    try:
+        if policy is None:
+            choose = _uniform(row, seed)
+        else:
+            if getattr(policy, "spec", None) is not None:
+                _check_spaces(row.name, row.spaces, policy.spec)
+            if stochastic:
+                if not hasattr(policy, "sample"):
+                    raise SaferlError("stochastic collection needs a policy with a sample method")
+                if random is None:
+                    from saferl.rng import MemberRandom
+
+                    random = MemberRandom([seed])
+            choose = _chooser(policy, random if stochastic else None)
+        return _collect(row, choose, steps, seed, progress)
+    finally:
+        row.close()
+
+
+def _collect(row, choose, steps: int, seed: int, progress: bool) -> dict[str, np.ndarray | None]:
+    count, started, done = len(row.envs), 0, 0
+    parts: list[list[tuple]] = [[] for _ in range(count)]  # the running episode of each slot
+    finished: dict[int, list[tuple]] = {}
+    row.begin(seed)
+    with _bar(steps, "collecting", "step", progress) as bar:
+        while True:
+            # Start no more episodes than are expected to be needed, by the mean length so far.
+            usual = done / len(finished) if finished else 0.0
+            coming = np.maximum(row.elapsed, usual)[row.running].sum()
+            for slot in np.flatnonzero(~row.running):
+                if done + coming >= steps:
+                    break
+                row.start(slot, started)
+                parts[slot], started, coming = [], started + 1, coming + usual
+            if not row.running.any():
+                break
+            before, ran = row.observations.copy(), np.flatnonzero(row.running)
+            actions = row.act(choose, 1)
+            ended = row.step(actions)
+            after, rewards, costs = row.observations.copy(), row.rewards.copy(), row.costs.copy()
+            flags = row.terminals.copy(), row.timeouts.copy()
+            for i in ran:
+                parts[i].append(
+                    (before[i], actions[i], rewards[i], costs[i], after[i], flags[0][i], flags[1][i])
+                )
+            for slot in ended:
+                finished[int(row.episode[slot])] = parts[slot]
+                done += len(parts[slot])
+                bar.update(min(len(parts[slot]), bar.total - bar.n) if progress else 0)
+    transitions: list[tuple] = []
+    for episode in range(started):
+        if len(transitions) < steps:
+            transitions += finished[episode]
+    columns = list(zip(*transitions))
+    real, whole = np.float32, np.int64 if row.spaces.discrete else np.float32
+    return {
+        "observations": np.stack(columns[0]),
+        "actions": np.asarray(columns[1], whole),
+        "rewards": np.asarray(columns[2], real),
+        "costs": np.asarray(columns[3], real) if row.has_costs else None,
+        "next_observations": np.stack(columns[4]),
+        "terminals": np.asarray(columns[5], bool),
+        "timeouts": np.asarray(columns[6], bool),
+    }
+
+
+def _uniform(row: _Slots, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    random, spaces, count = np.random.default_rng(seed), row.spaces, len(row.envs)
+    if spaces.discrete:
+        return lambda _: random.integers(spaces.action_dim, size=(1, count))
+    if not (np.isfinite(spaces.low).all() and np.isfinite(spaces.high).all()):
+        raise SaferlError(f"{row.name} has unbounded actions, so none can be drawn uniformly")
+    return lambda _: random.uniform(spaces.low, spaces.high, (1, count, spaces.action_dim))
+
+
+class _NoBar:
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: int) -> None:
+        pass
+
+
+def _bar(total: int, description: str, unit: str, progress: bool) -> Any:
+    if not progress:
+        return _NoBar()
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=description, unit=unit)
