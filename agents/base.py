@@ -78,7 +78,7 @@ class Agent:
             )
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            if field.name != "hidden" and isinstance(value, tuple):
+            if isinstance(value, tuple) and not isinstance(field.default, tuple):
                 if field.name not in self.variants:
                     raise SaferlError(
                         f"{field.name} cannot differ between members; these can: "
@@ -95,7 +95,25 @@ class Agent:
             if isinstance(module, nn.Module):
                 module.to(self.device)
 
+    @classmethod
+    def make_config(cls, values: dict[str, Any]) -> AgentConfig:
+        """The frozen config from plain values (YAML, the command line), checked field by field.
+
+        Raises:
+            SaferlError: an unknown key (naming the nearest), or a value of the wrong type.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls.Config)}
+        for key in values:
+            if key not in fields:
+                raise unknown("config key", key, fields)
+        return cls.Config(**{k: _convert(k, v, fields[k].default) for k, v in values.items()})
+
     # What a method provides.
+
+    @classmethod
+    def prepare(cls, dataset: Any, config: AgentConfig) -> Any:
+        """The `Dataset` that the method trains on: all of it, unless it filters."""
+        return dataset
 
     def build(self, init: MemberRandom) -> None:
         """Make networks (on the CPU, from ``init``) and optimisers; set ``self.actor``."""
@@ -182,25 +200,10 @@ class Agent:
                     value.copy_(state[name])
 
 
-def config_from(config_class: type[AgentConfig], values: dict[str, Any]) -> AgentConfig:
-    """A config from plain values (YAML or the command line), checked field by field.
-
-    Raises:
-        SaferlError: an unknown key (naming the nearest), or a value of the wrong type.
-    """
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    converted = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise unknown("config key", key, fields)
-        converted[key] = _convert(key, value, fields[key].default)
-    return config_class(**converted)
-
-
 def _convert(key: str, value: Any, default: Any) -> Any:
     """``value`` in the type of the field's default; a list where a number belongs is per member."""
     try:
-        if isinstance(default, tuple):  # hidden
+        if isinstance(default, tuple):  # layer sizes
             return tuple(int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
         if isinstance(value, (list, tuple)):
             if isinstance(default, bool) or not isinstance(default, (int, float)):

@@ -28,8 +28,8 @@ SLOTS = 128
 def make_env(env: Env) -> Any:
     """An environment from a gymnasium id or a factory.
 
-    Ids of packages that declare a ``gymnasium.envs`` entry point (saferl's own among them) are found
-    without an import, which gymnasium 1.x no longer does itself.
+    Ids of packages that declare a ``gymnasium.envs`` entry point (saferl's own among them) are
+    found without an import, which gymnasium 1.x no longer does itself.
     """
     if not isinstance(env, str):
         return env()
@@ -54,8 +54,8 @@ def make_env(env: Env) -> Any:
 def check_spaces(env: Env, spec: Any) -> None:
     """Raise `SaferlError` if the environment's spaces are not those of ``spec``.
 
-    ``spec``: anything with ``observation_dim``, ``action_dim`` (number of actions when discrete) and
-    ``discrete``: a `Spec` or a `Dataset`. ``env``: id, factory or environment.
+    ``spec``: anything with ``observation_dim``, ``action_dim`` (number of actions when discrete)
+    and ``discrete``: a `Spec` or a `Dataset`. ``env``: id, factory or environment.
     """
     if hasattr(env, "observation_space"):
         _check_spaces(_name(env, env), _Spaces(env), spec)
@@ -201,13 +201,13 @@ class _Slots:
             self.has_costs |= cost is not None
             self.terminals[i] = terminated
             self.timeouts[i] = not terminated and (truncated or self.elapsed[i] >= self.horizon)
-        for what, values in (
-            ("observation", self.observations[ran].sum(1)),
-            ("reward", self.rewards[ran]),
-            ("cost", self.costs[ran]),
+        for what, finite in (
+            ("observation", np.isfinite(self.observations[ran]).all(1)),
+            ("reward", np.isfinite(self.rewards[ran])),
+            ("cost", np.isfinite(self.costs[ran])),
         ):
-            if not np.isfinite(values).all():
-                slot = ran[np.argmin(np.isfinite(values))]
+            if not finite.all():
+                slot = int(ran[np.argmin(finite)])
                 raise self._failure(slot, f"the environment returned a non-finite {what}")
         ended = ran[self.terminals[ran] | self.timeouts[ran]]
         self.running[ended] = False
@@ -246,7 +246,7 @@ class _Slots:
 
 
 def _chooser(policy: Any, random: Any = None) -> Callable[[np.ndarray], Any]:
-    """``observations [M, B, O]`` (numpy) to actions, on the policy's device and without gradients."""
+    """numpy ``[M, B, O]`` to actions, on the policy's device and without gradients."""
     import torch
 
     device = torch.device("cpu")
@@ -379,9 +379,9 @@ def collect_transitions(
 
     Returns ``observations`` [N, O], ``actions`` [N, A] (or [N] int64), ``rewards`` [N], ``costs``
     [N] or None, ``next_observations`` [N, O], ``terminals`` and ``timeouts`` [N] bool; the rest
-    float32. Actions are those executed, inside the Box. Episodes lie in the order in which they were
-    started, and those beyond the first that reach ``steps`` rows are dropped; so short episodes
-    are not preferred, and the result depends on the arguments only.
+    float32. Actions are those executed, inside the Box. Episodes lie in the order in which they
+    were started, and those beyond the first that reach ``steps`` rows are dropped; so short
+    episodes are not preferred, and the result depends on the arguments only.
     """
     if steps < 1 or slots < 1:
         raise SaferlError(f"steps and slots must be 1 or more, got {steps} and {slots}")
@@ -427,16 +427,14 @@ def _collect(row, choose, steps: int, seed: int, progress: bool) -> dict[str, np
             before, ran = row.observations.copy(), np.flatnonzero(row.running)
             actions = row.act(choose, 1)
             ended = row.step(actions)
-            after, rewards, costs = row.observations.copy(), row.rewards.copy(), row.costs.copy()
-            flags = row.terminals.copy(), row.timeouts.copy()
+            after = row.observations.copy()
             for i in ran:
-                parts[i].append(
-                    (before[i], actions[i], rewards[i], costs[i], after[i], flags[0][i], flags[1][i])
-                )
+                outcome = row.rewards[i], row.costs[i], after[i], row.terminals[i], row.timeouts[i]
+                parts[i].append((before[i], actions[i], *outcome))
             for slot in ended:
                 finished[int(row.episode[slot])] = parts[slot]
                 done += len(parts[slot])
-                bar.update(min(len(parts[slot]), bar.total - bar.n) if progress else 0)
+                bar.update(len(parts[slot]))
     transitions: list[tuple] = []
     for episode in range(started):
         if len(transitions) < steps:
@@ -463,20 +461,7 @@ def _uniform(row: _Slots, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda _: random.uniform(spaces.low, spaces.high, (1, count, spaces.action_dim))
 
 
-class _NoBar:
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, n: int) -> None:
-        pass
-
-
 def _bar(total: int, description: str, unit: str, progress: bool) -> Any:
-    if not progress:
-        return _NoBar()
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=description, unit=unit)
+    return tqdm(total=total, desc=description, unit=unit, disable=not progress)

@@ -71,9 +71,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Confidence interval of a statistic of all values, over members and episodes.
 
-    ``values``: ``[members, episodes]``, or ``[episodes]`` of one member. Each of the resamples draws
-    members with replacement, then for each drawn member its episodes with replacement, and computes
-    ``statistic`` of all of them (called with ``[resamples, members * episodes]``).
+    ``values``: ``[members, episodes]``, or ``[episodes]`` of one member. Each of the resamples
+    draws members with replacement, then for each drawn member its episodes with replacement, and
+    computes ``statistic`` of all of them (called with ``[resamples, members * episodes]``).
 
     The plain percentile interval of such resamples is too narrow for a handful of members: with 3
     members that differ much, a nominal 95 % covers 75 %. Its distances from the estimate are
@@ -83,6 +83,9 @@ def bootstrap_interval(
     of the mean within and between members. In simulation (1 to 10 members, 5 to 20 episodes,
     normal and exponential noise) a nominal 95 % then covers 88 to 99 %; the low end is one member
     with few, skewed episodes.
+
+    Episodes of different members are drawn independently although they share initial states: where
+    the start decides the outcome more than the policy does, the interval is somewhat narrow.
 
     With one member only its episodes are resampled: the interval then speaks of *this* policy, not
     of what another seed would have given. A single value gives ``(nan, nan)``; values that are all

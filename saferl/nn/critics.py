@@ -33,9 +33,13 @@ class QEnsemble(nn.Module):
             final_init,
         )
 
-    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """``[M, B, O], [M, B, A]`` to ``[M, E, B]``."""
-        return self.mlp(torch.cat((observations, actions), -1)).squeeze(-1)
+    def forward(self, observations: Tensor, actions: Tensor, elements: int | None = None) -> Tensor:
+        """``[M, B, O], [M, B, A]`` to ``[M, E, B]``, or only the first ``elements`` critics."""
+        return self.mlp(torch.cat((observations, actions), -1), elements).squeeze(-1)
+
+    def many(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """K actions for each state: ``[M, B, O], [M, B, K, A]`` to ``[M, E, B, K]``."""
+        return self.mlp.many(observations, actions).squeeze(-1)
 
 
 class VEnsemble(nn.Module):
@@ -53,7 +57,12 @@ class VEnsemble(nn.Module):
 
 
 class DiscreteQEnsemble(nn.Module):
-    """E critics with one output per action."""
+    """E critics with one output per action, or one per action and quantile of the return.
+
+    Args:
+        quantiles: 0 for the expected return alone; else outputs are the return's quantiles at
+            (i + ½) / quantiles and a value is their mean.
+    """
 
     def __init__(
         self,
@@ -62,17 +71,23 @@ class DiscreteQEnsemble(nn.Module):
         actions: int,
         hidden: tuple[int, ...],
         ensemble: int = 1,
+        quantiles: int = 0,
     ):
         super().__init__()
-        self.mlp = MLP(init, (observation_dim, *hidden, actions), ensemble)
+        self.actions, self.quantiles = actions, quantiles
+        self.mlp = MLP(init, (observation_dim, *hidden, actions * max(1, quantiles)), ensemble)
+
+    def distribution(self, observations: Tensor) -> Tensor:
+        """``[M, B, O]`` to ``[M, E, B, actions, quantiles]`` (one "quantile" if there are none)."""
+        return self.mlp(observations).unflatten(-1, (self.actions, max(1, self.quantiles)))
 
     def forward(self, observations: Tensor) -> Tensor:
-        """``[M, B, O]`` to ``[M, E, B, actions]``."""
-        return self.mlp(observations)
+        """Values, ``[M, B, O]`` to ``[M, E, B, actions]``."""
+        return self.distribution(observations).mean(-1)
 
     def mode(self, observations: Tensor) -> Tensor:
         """The greedy action under the ensemble's mean, ``[M, B]`` int64."""
-        return self.mlp(observations).mean(1).argmax(-1)
+        return self(observations).mean(1).argmax(-1)
 
     def sample(self, observations: Tensor, random: MemberRandom) -> Tensor:
         """Greedy as well: a value network has no distribution of its own."""

@@ -61,6 +61,25 @@ class _ScalarHead(torch.autograd.Function):
         return dx, dw
 
 
+class _Spread(torch.autograd.Function):
+    """base [K,B,H] for each of n rows, plus y [K,B·n,J] @ w [K,J,H], without a second pass or copy."""
+
+    @staticmethod
+    def forward(ctx, base: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(y, w)
+        ctx.rows = base.shape[1]
+        return base.repeat_interleave(y.shape[1] // base.shape[1], 1).baddbmm_(y, w)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        y, w = ctx.saved_tensors
+        need_base, need_y, need_w = ctx.needs_input_grad
+        dbase = grad.unflatten(1, (ctx.rows, -1)).sum(2) if need_base else None
+        dy = torch.bmm(grad, w.mT) if need_y else None
+        dw = torch.bmm(y.mT, grad) if need_w else None
+        return dbase, dy, dw
+
+
 class MLP(nn.Module):
     """M·E independent ReLU perceptrons.
 
@@ -101,24 +120,77 @@ class MLP(nn.Module):
                 self.scales.append(nn.Parameter(torch.ones_like(bias)))
                 self.offsets.append(nn.Parameter(torch.zeros_like(bias)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[M, B, in]`` (shared by the ensemble) or ``[M, E, B, in]`` to ``[M, E, B, out]``."""
-        m, e = self.members, self.ensemble
-        if x.dim() == 3:
-            x = x.unsqueeze(1).expand(m, e, *x.shape[1:])
-        rows = x.shape[2]
-        x = x.reshape(m * e, rows, -1)
+    def _shared(self, x: Tensor, elements: int) -> Tensor:
+        """``[M, …]`` to ``[M·E, …]``: the same input for every ensemble element."""
+        x = x.unsqueeze(1).expand(self.members, elements, *x.shape[1:])
+        return x.reshape(self.members * elements, *x.shape[2:])
+
+    def _stacked(self, which: nn.ParameterList, layer: int, elements: int) -> Tensor:
+        parameter = which[layer]
+        if elements < self.ensemble:
+            parameter = parameter[:, :elements]
+        return parameter.flatten(0, 1)
+
+    def _activate(self, x: Tensor, layer: int, elements: int) -> Tensor:
+        if self.scales:
+            scale = self._stacked(self.scales, layer, elements)
+            offset = self._stacked(self.offsets, layer, elements)
+            x = torch.addcmul(offset, F.layer_norm(x, x.shape[-1:]), scale)
+        return x.relu_()
+
+    def _layers(
+        self,
+        x: Tensor,
+        first: int,
+        elements: int,
+        dropout: float = 0.0,
+        random: MemberRandom | None = None,
+    ) -> Tensor:
+        """From the input of layer ``first``, ``[M·E, rows, …]``, to ``[M·E, rows, out]``."""
         last = len(self.weights) - 1
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            weight, bias = weight.flatten(0, 1), bias.flatten(0, 1)
+        for layer in range(first, last + 1):
+            weight = self._stacked(self.weights, layer, elements)
+            bias = self._stacked(self.biases, layer, elements)
             if weight.shape[-1] == 1:
                 x = _ScalarHead.apply(x, weight) + bias
             else:
                 x = torch.baddbmm(bias, x, weight)
             if layer < last:
-                if self.scales:
-                    scale, offset = self.scales[layer], self.offsets[layer]
-                    x = F.layer_norm(x, x.shape[-1:])
-                    x = torch.addcmul(offset.flatten(0, 1), x, scale.flatten(0, 1))
-                x = x.relu_()
-        return x.view(m, e, rows, -1)
+                x = self._activate(x, layer, elements)
+                if dropout:
+                    kept = random.uniform(elements, *x.shape[1:]).flatten(0, 1) >= dropout
+                    x = x * kept / (1 - dropout)
+        return x
+
+    def forward(
+        self,
+        x: Tensor,
+        elements: int | None = None,
+        dropout: float = 0.0,
+        random: MemberRandom | None = None,
+    ) -> Tensor:
+        """``[M, B, in]`` (shared by the ensemble) or ``[M, E, B, in]`` to ``[M, E, B, out]``.
+
+        Args:
+            elements: only the first so many of the ensemble.
+            dropout: probability that a hidden unit is zeroed (the others grow by 1/(1-p)), drawn
+                from ``random``.
+        """
+        e = elements or self.ensemble
+        rows = x.shape[-2]
+        x = self._shared(x, e) if x.dim() == 3 else x.reshape(self.members * e, rows, -1)
+        return self._layers(x, 0, e, dropout, random).view(self.members, e, rows, -1)
+
+    def many(self, x: Tensor, y: Tensor) -> Tensor:
+        """Each row of ``x`` ``[M, B, I]`` with each of its K ``y`` ``[M, B, K, J]``, I + J = in.
+
+        Equal to `forward` on ``x`` repeated K times beside ``y``, as ``[M, E, B, K, out]``, but the
+        first layer's product with ``x`` is formed once per row. Needs a hidden layer.
+        """
+        e, (rows, k), split = self.ensemble, y.shape[1:3], x.shape[-1]
+        weight = self._stacked(self.weights, 0, e)
+        bias = self._stacked(self.biases, 0, e)
+        base = torch.baddbmm(bias, self._shared(x, e), weight[:, :split])
+        hidden = _Spread.apply(base, self._shared(y.flatten(1, 2), e), weight[:, split:])
+        out = self._layers(self._activate(hidden, 0, e), 1, e)
+        return out.view(self.members, e, rows, k, -1)

@@ -69,10 +69,17 @@ class GaussianActor(nn.Module):
         """``[M, B, O]`` to ``[M, B, A]``."""
         return self.mlp(observations)[:, 0].tanh()
 
-    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Log density of actions ``[M, B, A]``, ``[M, B]``."""
+    def log_prob(
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        dropout: float = 0.0,
+        random: MemberRandom | None = None,
+    ) -> Tensor:
+        """Log density of actions ``[M, B, A]``, ``[M, B]``; `MLP.forward` explains dropout."""
         log_std = self.log_std.clamp(*self.bounds)
-        noise = (actions - self.mode(observations)) * (-log_std).exp()
+        mean = self.mlp(observations, dropout=dropout, random=random)[:, 0].tanh()
+        noise = (actions - mean) * (-log_std).exp()
         return gaussian_log_prob(noise, log_std)
 
     def sample(self, observations: Tensor, random: MemberRandom) -> Tensor:
@@ -84,8 +91,8 @@ class GaussianActor(nn.Module):
 class TanhGaussianActor(nn.Module):
     """tanh of a Gaussian whose mean and log σ depend on the state (SAC's and CQL's policy).
 
-    ``scale_log_std`` adds a trained multiplier (initially 1) and offset (initially -1) per member to
-    log σ, as the young-geng family of CQL implementations does.
+    ``scale_log_std`` adds a trained multiplier and offset per member to log σ, as the young-geng
+    family of CQL implementations does; ``log_std_start`` are their initial values.
     """
 
     def __init__(
@@ -98,6 +105,7 @@ class TanhGaussianActor(nn.Module):
         log_std_max: float = 2.0,
         final_init: Initialiser = torch_default,
         scale_log_std: bool = False,
+        log_std_start: tuple[float, float] = (1.0, -1.0),
     ):
         super().__init__()
         sizes = (observation_dim, *hidden, 2 * action_dim)
@@ -105,8 +113,9 @@ class TanhGaussianActor(nn.Module):
         self.bounds = (log_std_min, log_std_max)
         self.multiplier = self.offset = None
         if scale_log_std:
-            self.multiplier = nn.Parameter(torch.ones(self.mlp.members, 1, 1))
-            self.offset = nn.Parameter(-torch.ones(self.mlp.members, 1, 1))
+            multiplier, offset = log_std_start
+            self.multiplier = nn.Parameter(torch.full((self.mlp.members, 1, 1), multiplier))
+            self.offset = nn.Parameter(torch.full((self.mlp.members, 1, 1), offset))
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (before tanh) and log σ, each ``[M, B, A]``."""
@@ -133,12 +142,16 @@ class TanhGaussianActor(nn.Module):
         log_slope = 2 * (math.log(2) - raw - F.softplus(-2 * raw))
         return raw.tanh(), gaussian_log_prob(noise, log_std) - log_slope.sum(-1)
 
-    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+    @staticmethod
+    def density(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
         """Log density of given actions, clipped to ±0.999 so that atanh stays finite; ``[M, B]``."""
-        mean, log_std = self(observations)
         actions = actions.clamp(-0.999, 0.999)
         noise = (actions.atanh() - mean) * (-log_std).exp()
         return gaussian_log_prob(noise, log_std) - (1 - actions.square()).log().sum(-1)
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """`density` of actions ``[M, B, A]`` at observations, ``[M, B]``."""
+        return self.density(*self(observations), actions)
 
 
 class CategoricalActor(nn.Module):

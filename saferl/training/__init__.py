@@ -1,0 +1,5 @@
+"""Training: the loop, its engines, run folders and configurations."""
+
+from saferl.training.train import Run, load_agent, make_agent, resume, train
+
+__all__ = ["Run", "load_agent", "make_agent", "resume", "train"]

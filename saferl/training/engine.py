@@ -87,7 +87,8 @@ class OnlineEngine(Engine):
         self.steps = 0
         self._spaces = [(env.observation_space, env.action_space) for env in self.envs]
         self._observations = [
-            self._flat(m, env.reset(seed=seed)[0]) for m, (env, seed) in enumerate(zip(self.envs, seeds))
+            self._flat(m, env.reset(seed=seed)[0])
+            for m, (env, seed) in enumerate(zip(self.envs, seeds))
         ]
         self._episodes = np.zeros((len(self.envs), 3))  # return, cost, length so far
         self._finished: list[list[np.ndarray]] = [[] for _ in self.envs]

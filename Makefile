@@ -1,0 +1,29 @@
+# Every target makes .venv and installs what it needs; nothing else must be on the machine but
+# Python 3.11 or later. torch comes first, so that the pinned build is taken and not a newer one.
+PYTHON ?= python3
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: train test test-slow bench lint
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -c constraints.txt torch
+	.venv/bin/pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+train: .venv/installed
+	.venv/bin/saferl train
+
+test: .venv/installed
+	.venv/bin/pytest -m "not slow"
+
+test-slow: .venv/installed
+	.venv/bin/pytest -m slow
+
+bench: .venv/installed
+	.venv/bin/python benchmarks/throughput.py
+	.venv/bin/python benchmarks/scores.py
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .

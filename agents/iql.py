@@ -1,0 +1,109 @@
+"""Implicit Q-Learning (Kostrikov, Nair and Levine 2021, arXiv 2110.06169).
+
+Values are learned without asking the critics about any action outside the data. One update, with
+Q̄ the Polyak average of the twin critics and |u|-weights w_η(u) = η if u > 0 else 1 - η:
+
+    v'      = V(s')                                       before V's step
+    A       = min_e Q̄_e(s, a) - V(s)                     before V's step, reused by the actor
+    1. L_V  = mean w_η(A) A²                              step V
+    2. L_Q  = ½ Σ_e mean (Q_e(s, a) - [r + γ (1 - terminal) v'])²         step Q
+       Q̄   ← τ Q + (1 - τ) Q̄
+    3. L_π  = mean [-min(exp(β A), 100) log π(a|s)]       step π, no gradient through A
+
+This is the order of CORL's port. π is a Gaussian with mean tanh f(s) and a σ that does not depend on
+the state; its learning rate falls along a cosine to 0 at ``actor_decay_steps`` (and stays there).
+
+Deviations:
+- the authors' JAX code steps π before Q and bootstraps from V after its step; CORL, followed here,
+  does neither;
+- with E critics the factor of L_Q is 1/E as in CORL (E is 2 here).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from saferl.data.buffer import Batch
+from saferl.nn import GaussianActor, QEnsemble, VEnsemble, polyak
+from saferl.rng import MemberRandom
+
+from .base import Agent, AgentConfig, Metrics
+
+
+@dataclass(frozen=True)
+class IQLConfig(AgentConfig):
+    """Defaults: the paper's for D4RL locomotion."""
+
+    normalize_rewards: bool = True
+    actor_lr: float = 3e-4
+    critic_lr: float = 3e-4
+    value_lr: float = 3e-4
+    expectile: float = 0.7  # η; 0.5 evaluates the behaviour, → 1 the best action in the data
+    beta: float = 3.0  # inverse temperature of the advantage weights; 0 is cloning
+    advantage_clip: float = 100.0  # largest weight exp(β A)
+    tau: float = 0.005  # Polyak rate of the target critics per update
+    actor_decay_steps: int = 1_000_000  # updates until the actor's cosine reaches 0; 0: constant
+    actor_dropout: float = 0.0  # of hidden units, in training only
+
+
+class IQL(Agent):
+    Config = IQLConfig
+    variants = frozenset({"expectile", "beta", "discount"})
+
+    def build(self, init: MemberRandom) -> None:
+        c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim
+        self.actor = GaussianActor(init, o, a, c.hidden)
+        self.critic = QEnsemble(init, o, a, c.hidden, 2)
+        self.value = VEnsemble(init, o, c.hidden)
+        self.critic_target = self.target_of(self.critic)
+        self.actor_optimizer = self.adam(self.actor, lr=c.actor_lr)
+        self.critic_optimizer = self.adam(self.critic, lr=c.critic_lr)
+        self.value_optimizer = self.adam(self.value, lr=c.value_lr)
+
+    def update(self, batch: Batch) -> Metrics:
+        c = self.config
+        with torch.no_grad():
+            next_v = self.value(batch.next_observations)[:, 0]
+            target = batch.rewards + self.scalar("discount") * (1 - batch.terminals) * next_v
+            target_q = self.critic_target(batch.observations, batch.actions).amin(1)
+
+        v = self.value(batch.observations)[:, 0]
+        difference = target_q - v
+        advantage = difference.detach()
+        expectile = self.scalar("expectile")
+        weight = torch.where(advantage > 0, expectile, 1 - expectile)
+        value_loss = (weight * difference.square()).mean(-1)
+        self.minimise(self.value_optimizer, value_loss)
+
+        q = self.critic(batch.observations, batch.actions)
+        critic_loss = (q - target[:, None]).square().mean((1, 2))
+        self.minimise(self.critic_optimizer, critic_loss)
+        polyak(self.critic_target, self.critic, c.tau)
+
+        weight = (self.scalar("beta") * advantage).exp().clamp_max(c.advantage_clip)
+        log_prob = self.actor.log_prob(
+            batch.observations, batch.actions, c.actor_dropout, self.random
+        )
+        actor_loss = -(weight * log_prob).mean(-1)
+        self._decay()
+        self.minimise(self.actor_optimizer, actor_loss)
+        self.updates += 1
+        return {
+            "critic_loss": critic_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "actor_loss": actor_loss.detach(),
+            "q": q.detach().mean((1, 2)),
+            "v": v.detach().mean(-1),
+            "advantage_weight": weight.mean(-1),
+        }
+
+    def _decay(self) -> None:
+        """The actor's rate for this update: a function of the counter, so nothing else is saved."""
+        steps = self.config.actor_decay_steps
+        if steps:
+            phase = min(self.updates / steps, 1.0)
+            rate = self.config.actor_lr * 0.5 * (1 + math.cos(math.pi * phase))
+            self.actor_optimizer.param_groups[0]["lr"] = rate

@@ -1,0 +1,376 @@
+"""Datasets that the library makes itself: ``load_dataset("saferl/hopper-velocity-mixed-v0")``.
+
+Names are ``{hopper,halfcheetah,walker2d}-velocity-{random,medium,expert,mixed}-v0``. The package
+ships small behaviour policies, trained with its own SAC; the first load plays them in the simulator
+and keeps the transitions in a cache. The four levels:
+
+- random: uniformly random actions;
+- medium: a half-trained policy;
+- expert: the best policy that was trained without regard to cost;
+- mixed: policies from slow and safe to fast and costly, with medium and random ones, so that both
+  returns and costs of the episodes are spread widely.
+
+All policies are sampled, not their most likely action taken, as in D4RL. These are not D4RL's data,
+though the robots and the reference returns of the normalised score are.
+
+Behaviours, per robot: ``<robot>.safetensors`` holds P stacked ReLU networks, ``weight.0 [P, O, H]``
+and ``bias.0 [P, 1, H]``, ``weight.1`` …, of any float type, from raw observations to mean and log σ
+side by side, ``2 A`` numbers; the action is ``tanh(mean + exp(clip(log σ, -5, 2)) · noise)``.
+``behaviours.json`` says what they are and which level plays what share of its steps with which:
+
+    {"licence": …, "command": …, "robots": {"hopper": {
+        "policies": [{"index": 0, "penalty": 0.0, "step": 300000, "return": …, "cost": …}, …],
+        "levels": {"medium": [{"policy": 1, "share": 1.0}],
+                   "mixed": [{"policy": 0, "share": 0.9}, {"policy": null, "share": 0.1}], …}}}}
+
+where policy null stands for random actions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saferl.data import Card, Dataset
+from saferl.errors import SaferlError, unknown
+
+from . import HORIZON
+
+BEHAVIOURS = Path(__file__).parent / "behaviours"
+SIZE = 100_000
+"""Transitions of a dataset whose size is not given."""
+
+LEVELS = ("random", "medium", "expert", "mixed")
+
+
+@dataclass(frozen=True)
+class _Robot:
+    env_id: str
+    reference_returns: tuple[float, float]  # D4RL's random and expert return
+    action_dim: int  # all bounds are ±1, so tanh gives actions without scaling
+
+
+ROBOTS = {
+    "hopper": _Robot("saferl/HopperVelocity-v0", (-20.272305, 3234.3), 3),
+    "halfcheetah": _Robot("saferl/HalfCheetahVelocity-v0", (-280.178953, 12135.0), 6),
+    "walker2d": _Robot("saferl/Walker2dVelocity-v0", (1.629008, 4592.3), 6),
+}
+
+_IDS = {f"{robot}-velocity-{level}-v0": (robot, level) for robot in ROBOTS for level in LEVELS}
+
+
+def names() -> list[str]:
+    """Ids of the datasets whose behaviours are here, as `load_dataset` takes them."""
+    try:
+        robots = _manifest()["robots"]
+    except (SaferlError, KeyError):
+        robots = {}
+    return [
+        f"saferl/{name}"
+        for name, (robot, level) in _IDS.items()
+        if level == "random" or level in robots.get(robot, {}).get("levels", {})
+    ]
+
+
+def load(
+    name: str,
+    size: int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    **overrides: Any,
+) -> Dataset:
+    """A bundled dataset, generated on first use and cached from then on.
+
+    The rows are whole episodes in random order, of which the last is cut at ``size`` and marked as
+    a timeout; the shares of the behaviours hold up to one episode each. The same ``name``, ``size``
+    and ``seed`` give the same data on one machine; other processors and versions of mujoco or torch
+    round differently.
+
+    Args:
+        name: the id without its ``saferl/``, such as ``"hopper-velocity-mixed-v0"``.
+        size: number of transitions, 100 000 by default.
+        seed: 0 or more; initial states, action noise and the order of episodes follow from it.
+        progress: show bars while generating; by default if standard error is a terminal.
+        overrides: fields of the `Card` to replace, and ``clip_actions`` (see `load_dataset`).
+
+    The cache is the folder ``$SAFERL_DATA_DIR/bundled``, or ``~/.cache/saferl/bundled``. A file
+    there whose data do not match its fingerprint, or that was made with other behaviours, is
+    generated again, which a line on standard error says.
+
+    Raises:
+        SaferlError: unknown name or card field, a size below 1, behaviours that are missing or
+            damaged, or a cache folder that cannot be written.
+    """
+    if name not in _IDS:
+        raise unknown("saferl dataset", name, _IDS)
+    size = SIZE if size is None else _whole("size", size, 1)
+    seed = _whole("seed", seed, 0)
+    card, clip = _card(name), overrides.pop("clip_actions", False)
+    changed = card.replace(**overrides)
+
+    recipe = {
+        "name": name,
+        "size": size,
+        "seed": seed,
+        "mix": [[index, share] for index, share in _mix(*_IDS[name])],
+        "behaviours": _behaviours_digest(*_IDS[name]),
+    }
+    path = _cache_folder() / f"{name}-{size}-seed{seed}.npz"
+    dataset = _read(path, recipe, card)
+    if dataset is None:
+        temporary = _claim(path)  # first: a minute's work is not lost to a folder that is read-only
+        try:
+            arrays = _generate(recipe, sys.stderr.isatty() if progress is None else progress)
+            dataset = Dataset.from_arrays(**arrays, card=card)
+            meta = {"recipe": recipe, "fingerprint": dataset.fingerprint, "made_with": _versions()}
+            _store(temporary, path, {"meta": json.dumps(meta), **arrays})
+        finally:
+            temporary.unlink(missing_ok=True)
+    if not clip and changed == card:
+        return dataset
+    arrays = {field: getattr(dataset, field) for field in Dataset.FIELDS}
+    return Dataset.from_arrays(**arrays, card=changed, clip_actions=clip)
+
+
+def _whole(what: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise SaferlError(
+            f"{what} of a saferl dataset must be a whole number of {least} or more, got {value!r}"
+        )
+    return int(value)
+
+
+def _card(name: str) -> Card:
+    robot, level = _IDS[name]
+    facts, bound = ROBOTS[robot], (1.0,) * ROBOTS[robot].action_dim
+    return Card(
+        id=f"saferl/{name}",
+        env_id=facts.env_id,
+        action_low=tuple(-b for b in bound),
+        action_high=bound,
+        horizon=HORIZON,
+        reference_returns=facts.reference_returns,
+        reference_source="D4RL reference returns",
+        licence="Apache-2.0" if level == "random" else _manifest().get("licence", "Apache-2.0"),
+        origin="generated by saferl with its own behaviour policies (SAC); not D4RL data",
+        notes=(
+            "scores use D4RL's reference returns, but published D4RL scores are not comparable: "
+            "the data differ",
+            "the last episode is cut at the size asked for and marked as a timeout",
+        ),
+    )
+
+
+# Behaviours -------------------------------------------------------------------------------------
+
+
+@cache
+def _manifest_at(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "behaviours.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _incomplete(folder / "behaviours.json", error) from error
+
+
+def _manifest() -> dict[str, Any]:
+    return _manifest_at(BEHAVIOURS)
+
+
+def _incomplete(path: Path, error: object) -> SaferlError:
+    return SaferlError(
+        f"the behaviour policies of saferl's datasets are incomplete, reinstall saferl ({path}: "
+        f"{error})"
+    )
+
+
+def _mix(robot: str, level: str) -> list[tuple[int | None, float]]:
+    """(policy index, or None for random actions; share) of a level, shares summing to 1."""
+    if level == "random":
+        return [(None, 1.0)]
+    try:
+        levels = _manifest()["robots"][robot]["levels"]
+        parts = [(part["policy"], float(part["share"])) for part in levels[level]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _incomplete(BEHAVIOURS / "behaviours.json", f"{robot} {level}: {error!r}") from error
+    total = sum(share for _, share in parts)
+    return [(index, share / total) for index, share in parts]
+
+
+def _behaviours_digest(robot: str, level: str) -> str:
+    """SHA-256 of the robot's weights; empty for random data, which do without."""
+    if level == "random":
+        return ""
+    path = BEHAVIOURS / f"{robot}.safetensors"
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise _incomplete(path, error.strerror) from error
+
+
+class Behaviour:
+    """One of the stacked policies: a tanh-Gaussian actor on raw observations, of one member."""
+
+    members = 1
+
+    def __init__(self, robot: str, index: int):
+        from safetensors.torch import load_file
+
+        path = BEHAVIOURS / f"{robot}.safetensors"
+        try:
+            tensors = load_file(path)
+            count = sum(key.startswith("weight.") for key in tensors)
+            # Slices [1, in, out] and [1, 1, out]: the member axis stays.
+            self.layers = [
+                tuple(
+                    tensors[f"{kind}.{i}"][index : index + 1].float() for kind in ("weight", "bias")
+                )
+                for i in range(count)
+            ]
+            if not 0 <= index < len(tensors["weight.0"]):
+                raise IndexError(f"no policy {index}")
+        except Exception as error:  # safetensors raises a type of its own, which differs by version
+            raise _incomplete(path, error) from error
+
+    def _head(self, observations):
+        x = observations
+        for i, (weight, bias) in enumerate(self.layers):
+            x = (x.relu() if i else x) @ weight + bias
+        mean, log_std = x.chunk(2, -1)
+        return mean, log_std.clamp(-5.0, 2.0)
+
+    def __call__(self, observations):
+        """Most likely actions: tensor ``[1, B, O]`` to ``[1, B, A]`` in [-1, 1]."""
+        return self._head(observations)[0].tanh()
+
+    def sample(self, observations, random):
+        """Actions drawn with ``random``, a `MemberRandom` of one seed."""
+        mean, log_std = self._head(observations)
+        return (mean + log_std.exp() * random.normal(*mean.shape[1:])).tanh()
+
+
+# Generation -------------------------------------------------------------------------------------
+
+
+def _generate(recipe: dict[str, Any], progress: bool) -> dict[str, np.ndarray]:
+    """Arrays of `Dataset` for a recipe."""
+    import torch
+
+    from saferl.evaluation.rollout import collect_transitions
+
+    name, size = recipe["name"], recipe["size"]
+    robot = _IDS[name][0]
+    counts = _apportion(size, [share for _, share in recipe["mix"]])
+    if progress:
+        print(f"making {name}: {size} transitions, kept for the next time", file=sys.stderr)
+    runs, threads = [], torch.get_num_threads()
+    # Sums over several threads round differently, and a handful of rows is faster on one.
+    torch.set_num_threads(1)
+    try:
+        for part, ((index, _), steps) in enumerate(zip(recipe["mix"], counts)):
+            if steps == 0:
+                continue
+            # A stream of its own for each dataset, seed and part.
+            key = [zlib.crc32(name.encode()), recipe["seed"], part]
+            runs.append(
+                collect_transitions(
+                    None if index is None else Behaviour(robot, index),
+                    ROBOTS[robot].env_id,
+                    steps,
+                    int(np.random.SeedSequence(key).generate_state(1)[0]),
+                    stochastic=index is not None,
+                    # Long episodes run side by side; no more of them than there are rows for.
+                    slots=min(16, -(-steps // HORIZON)),
+                    progress=progress,
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    arrays = {field: np.concatenate([run[field] for run in runs]) for field in Dataset.FIELDS}
+    stops = np.flatnonzero(arrays["terminals"] | arrays["timeouts"]) + 1
+    spans = np.stack([np.concatenate([[0], stops[:-1]]), stops], 1)
+    np.random.default_rng(recipe["seed"]).shuffle(spans)
+    rows = np.concatenate([np.arange(start, stop) for start, stop in spans])[:size]
+    arrays = {field: array[rows] for field, array in arrays.items()}
+    arrays["timeouts"][-1] = not arrays["terminals"][-1]
+    return arrays
+
+
+def _apportion(size: int, shares: list[float]) -> list[int]:
+    """``size`` split by shares into whole numbers (largest remainders)."""
+    exact = size * np.asarray(shares)
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: size - counts.sum()]] += 1
+    return counts.tolist()
+
+
+# Cache ------------------------------------------------------------------------------------------
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("SAFERL_DATA_DIR")
+    return (Path(root).expanduser() if root else Path.home() / ".cache" / "saferl") / "bundled"
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {package: version(package) for package in ("saferl", "mujoco", "gymnasium", "torch")}
+
+
+def _read(path: Path, recipe: dict[str, Any], card: Card) -> Dataset | None:
+    """The cached dataset; None if there is none or it must be made again."""
+    if not path.exists():
+        return None
+    try:
+        # Opened here because numpy leaves the file of a damaged archive open.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            meta = json.loads(str(file["meta"]))
+            arrays = {field: file[field] for field in Dataset.FIELDS}
+        if meta["recipe"] != recipe:
+            reason = "it was made with other behaviours"
+        else:
+            dataset = Dataset.from_arrays(**arrays, card=card)
+            if dataset.fingerprint == meta["fingerprint"]:
+                return dataset
+            reason = "its data do not match its fingerprint"
+    except Exception as error:  # a damaged archive raises what its broken bytes happen to cause
+        reason = f"it cannot be read ({type(error).__name__})"
+    print(f"saferl: generating {path} again: {reason}", file=sys.stderr)
+    return None
+
+
+def _claim(path: Path) -> Path:
+    """An empty temporary file beside ``path``."""
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return temporary
+
+
+def _store(temporary: Path, path: Path, content: dict[str, Any]) -> None:
+    """Write an archive to the temporary file and let that take the place of ``path``."""
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> SaferlError:
+    return SaferlError(
+        f"cannot write {path} ({error.strerror or error}): set SAFERL_DATA_DIR to a folder that you "
+        "may write to, with room for it"
+    )

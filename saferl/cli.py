@@ -1,0 +1,307 @@
+"""The command line: ``saferl train|evaluate|inspect|list|report|collect``.
+
+Heavy imports happen inside the commands, so that ``saferl --help`` answers at once. A `SaferlError`
+becomes one line and exit status 2; Ctrl-C exits with 130 after a checkpoint was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from saferl import __version__
+from saferl.errors import SaferlError
+
+DEFAULT_AGENT = "td3_bc"
+DEFAULT_DATASET = "saferl/hopper-velocity-mixed-v0"
+DEFAULT_COST_LIMIT = 40.0
+DEFAULT_STEPS = 20_000
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    if options.command is None:
+        _parser().print_help()
+        return 0
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        options.run(options)
+    except SaferlError as error:
+        print(f"saferl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="saferl", description="Offline reinforcement learning with safety constraints."
+    )
+    parser.add_argument("--version", action="version", version=f"saferl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, function, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        sub.set_defaults(run=function)
+        return sub
+
+    p = command("train", _train, "Train an agent; alone, it runs the embedded default.")
+    p.add_argument("agent", nargs="?", default=DEFAULT_AGENT, help="see `saferl list agents`")
+    p.add_argument(
+        "--dataset", help="id or file; the bundled default if neither it nor --env is set"
+    )
+    p.add_argument("--env", help="environment to evaluate in, or to learn in without --dataset")
+    p.add_argument("--steps", type=int, help=f"updates per member (default: {DEFAULT_STEPS})")
+    p.add_argument("--members", type=int, default=3, help="seeds trained side by side")
+    p.add_argument("--seed", type=int, default=0, help="of the first member")
+    p.add_argument("--cost-limit", type=float, nargs="+", default=[], help="cost per episode")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                   help="hyper-parameter; VALUE,VALUE trains members for each")  # fmt: skip
+    _dataset_options(p)
+    p.add_argument("--out", type=Path, help="run folder (default: runs/AGENT-DATASET)")
+    p.add_argument("--resume", type=Path, metavar="RUN", help="continue a run folder")
+    _machine(p)
+    p.add_argument("--eval-interval", type=int, help="steps; 0: at the end only (default: 5 times)")
+    p.add_argument("--eval-episodes", type=int, default=10, help="per member and evaluation")
+    p.add_argument("--log-interval", type=int, help="steps (default: 100 times)")
+    p.add_argument("--checkpoint-interval", type=int, help="steps (default: eval interval)")
+    p.add_argument("--memory-map", type=Path, metavar="FILE", help="buffer in a file, not memory")
+    p.add_argument("--quiet", action="store_true", help="no progress, no table")
+
+    p = command("evaluate", _evaluate, "Play episodes with a run's policies and judge cost limits.")
+    p.add_argument("path", type=Path, metavar="RUN")
+    p.add_argument("--env", help="default: the run's")
+    p.add_argument("--episodes", type=int, default=20, help="per member")
+    p.add_argument("--cost-limits", type=float, nargs="+", help="default: the run's")
+    p.add_argument("--seed", type=int, default=20_000, help="of the first episode")
+    p.add_argument("--step", type=int, help="checkpoint (default: the last)")
+    _machine(p)
+
+    p = command("inspect", _inspect, "Print a dataset's card, distributions, coverage, problems.")
+    p.add_argument("dataset", help="id or file")
+    _dataset_options(p)
+    p.add_argument("--plot", type=Path, default=Path("inspect.png"), help="where the plot goes")
+
+    p = command("list", _list, "List agents, datasets or environments.")
+    p.add_argument("what", nargs="?", choices=["agents", "datasets", "environments"])
+
+    p = command("report", _report, "Write one HTML report of one or more runs.")
+    p.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    p.add_argument("--output", type=Path, help="default: report.html in the first run")
+
+    p = command("collect", _collect, "Roll out a run's policy, or random actions, into a dataset.")
+    p.add_argument("source", metavar="RUN|random")
+    p.add_argument("output", type=Path, help="file to write (.npz or .hdf5)")
+    p.add_argument("--env", help="default: the run's")
+    p.add_argument("--steps", type=int, default=100_000, help="transitions, whole episodes")
+    p.add_argument("--member", type=int, default=0, help="which member of the run acts")
+    p.add_argument("--deterministic", action="store_true", help="the policy's mode, no sampling")
+    p.add_argument("--seed", type=int, default=0, help="of the first episode")
+    _machine(p)
+    return parser
+
+
+def _dataset_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset-option", action="append", default=[], metavar="KEY=VALUE",
+                        help="option of the dataset's loader, e.g. size=20000")  # fmt: skip
+
+
+def _machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads of torch (default: all cores, ≤ 8)"
+    )
+
+
+def _set_threads(count: int | None) -> None:
+    import os
+
+    import torch
+
+    if count is not None and count < 1:
+        raise SaferlError("--threads must be 1 or more")
+    torch.set_num_threads(count or min(8, os.cpu_count() or 1))
+
+
+def _train(options) -> None:
+    _set_threads(options.threads)
+    from saferl.training.configs import parse_settings
+    from saferl.training import resume, train
+
+    settings = parse_settings(options.set)
+    data = parse_settings(options.dataset_option)
+    common = {
+        "device": options.device,
+        "memory_map": options.memory_map,
+        "progress": not options.quiet,
+    }
+    if options.resume is not None:
+        if settings or data or options.dataset or options.env or options.out:
+            raise SaferlError(
+                "--resume takes everything but --steps and --device from the run's config.yaml: "
+                "leave the other options out, or start another run"
+            )
+        run = resume(options.resume, steps=options.steps, **common)
+    else:
+        dataset, limits = options.dataset, options.cost_limit
+        if dataset is None and options.env is None:
+            dataset, limits = DEFAULT_DATASET, limits or [DEFAULT_COST_LIMIT]
+        run = train(
+            options.agent,
+            dataset,
+            env=options.env,
+            steps=options.steps or DEFAULT_STEPS,
+            members=options.members,
+            seed=options.seed,
+            cost_limits=limits,
+            settings=settings,
+            dataset_options=data,
+            out=options.out,
+            eval_interval=options.eval_interval,
+            eval_episodes=options.eval_episodes,
+            log_interval=options.log_interval,
+            checkpoint_interval=options.checkpoint_interval,
+            **common,
+        )
+    if not options.quiet:
+        _print_tables(run.path, run.evaluation, None)
+        print(f"\nrun folder: {run.path}")
+        print(f"next: saferl evaluate {run.path} | saferl report {run.path}")
+
+
+def _print_tables(path: Path, evaluation, limits) -> None:
+    from saferl.data import Card
+    from saferl.evaluation.evaluate import group_names
+    from saferl.training.run import RunFolder
+
+    if evaluation is None:
+        return
+    folder = RunFolder(path)
+    config, card = folder.config(), Card.from_dict(folder.card().get("card", {}))
+    limits = config["cost_limits"] if limits is None else limits
+    print()
+    print(
+        evaluation.text(
+            limits if evaluation.costs is not None else (),
+            card.reference_returns,
+            group_names(config["members"]),
+            note=card.score_note,
+        )
+    )
+
+
+def _evaluate(options) -> None:
+    _set_threads(options.threads)
+    from saferl.evaluation import Evaluation, evaluate
+    from saferl.training import load_agent
+    from saferl.training.run import RunFolder
+
+    folder = RunFolder(options.path)
+    config = folder.config()
+    env = options.env or config["env"]
+    if env is None:
+        raise SaferlError("the run names no environment: pass --env ID")
+    agent = load_agent(options.path, options.step, options.device)
+    step = folder.steps()[-1] if options.step is None else options.step
+    result = evaluate(
+        agent.policy(), env, options.episodes, seed=options.seed, step=step, progress=True
+    )
+    limits = options.cost_limits
+    if limits and result.costs is None:
+        result.table(limits)  # raises what is missing
+    _print_tables(options.path, result, limits)
+    file = options.path / "evaluation.csv"
+    if file.exists():
+        earlier = Evaluation.read(file).until(step - 1)
+        if len(earlier):
+            result = Evaluation.concatenate([earlier, result])
+    result.write(file)
+    print(f"\nwrote {file}")
+
+
+def _inspect(options) -> None:
+    from saferl.data import load_dataset
+    from saferl.data.inspect import inspect
+    from saferl.training.configs import parse_settings
+
+    dataset = load_dataset(options.dataset, **parse_settings(options.dataset_option))
+    print(inspect(dataset, options.plot))
+
+
+def _list(options) -> None:
+    from saferl import registry
+
+    for what in [options.what] if options.what else ["agents", "datasets", "environments"]:
+        print(f"{what}:")
+        if what == "agents":
+            for name in registry.names("agents"):
+                cls = registry.agent_class(name)
+                kind = "discrete" if cls.discrete else "continuous"
+                doc = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
+                print(f"  {name:14} {kind:11} {doc}")
+        elif what == "datasets":
+            for prefix in registry.names("datasets"):
+                loader = registry.dataset_loader(prefix)
+                ids = getattr(sys.modules[loader.__module__], "ids", lambda: [])()
+                print(f"  {prefix}/…  " + (", ".join(ids) if ids else ""))
+        else:
+            for name in registry.environment_ids():
+                print(f"  {name}")
+
+
+def _report(options) -> None:
+    from saferl.evaluation.report import write_report
+
+    output = options.output or options.runs[0] / "report.html"
+    print(write_report(options.runs, output))
+
+
+def _collect(options) -> None:
+    _set_threads(options.threads)
+    from saferl.data import Dataset
+    from saferl.evaluation.rollout import collect_transitions
+    from saferl.training import load_agent
+    from saferl.training.run import RunFolder
+
+    policy, env = None, options.env
+    if options.source != "random":
+        agent = load_agent(options.source, device=options.device)
+        policy = agent.policy().member(options.member)
+        env = env or RunFolder(options.source).config()["env"]
+    if env is None:
+        raise SaferlError("no environment is known: pass --env ID")
+    arrays = collect_transitions(
+        policy,
+        env,
+        options.steps,
+        options.seed,
+        stochastic=policy is not None and not options.deterministic,
+        progress=True,
+    )
+    dataset = Dataset.from_arrays(
+        **arrays,
+        id=options.output.stem,
+        env_id=env,
+        origin=f"generated by saferl from {options.source} in {env}",
+    )
+    dataset.save(options.output)
+    print(f"wrote {options.output}: {dataset}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,463 @@
+"""`Dataset`: an immutable set of transitions and the card that says what they are.
+
+    observations [N, *O]  actions [N, A] | [N]  rewards [N]  costs [N] | None
+    next_observations [N, *O]  terminals [N]  timeouts [N]
+
+``terminals`` stop bootstrapping; ``timeouts`` end an episode and do not. Costs are in the user's
+units; absent costs are None, never zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saferl.data import validate
+from saferl.errors import SaferlError, unknown
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known about a dataset besides its arrays. Plain values, JSON both ways."""
+
+    id: str = "unnamed"
+    env_id: str | None = None  # gymnasium id for evaluation; None: no matching environment
+    action_low: tuple[float, ...] | None = None  # continuous bounds, one per component
+    action_high: tuple[float, ...] | None = None
+    n_actions: int | None = None  # discrete actions 0 … n-1
+    horizon: int | None = None  # steps after which an episode times out
+    reference_returns: tuple[float, float] | None = None  # score 0 (random) and 100 (expert)
+    reference_source: str | None = None  # who published the reference: "D4RL", "DSRL", "Minari"
+    licence: str = "unknown"
+    origin: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        def floats(name: str, value: Any) -> tuple[float, ...]:
+            try:
+                return tuple(float(v) for v in np.ravel(value).tolist())
+            except (TypeError, ValueError):
+                raise SaferlError(f"{name} must be numbers, got {value!r}") from None
+
+        for name in ("action_low", "action_high", "reference_returns"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, floats(name, getattr(self, name)))
+        object.__setattr__(self, "notes", tuple(self.notes))
+        if self.reference_returns is not None and (
+            len(self.reference_returns) != 2 or len(set(self.reference_returns)) != 2
+        ):
+            raise SaferlError(
+                "reference_returns must be two different numbers (random, expert), "
+                f"got {self.reference_returns}"
+            )
+        for name in ("horizon", "n_actions"):
+            value = getattr(self, name)
+            if value is not None and (int(value) != value or value < 1):
+                raise SaferlError(f"{name} must be a whole number of 1 or more, got {value!r}")
+
+    def replace(self, **fields: Any) -> Card:
+        """A copy with other values; an unknown field is an error that names the nearest one."""
+        valid = [field.name for field in dataclasses.fields(self)]
+        for name in fields:
+            if name not in valid:
+                raise unknown("dataset option", name, valid)
+        return dataclasses.replace(self, **fields)
+
+    def noted(self, *notes: str) -> Card:
+        """A copy with further notes."""
+        return self.replace(notes=(*self.notes, *notes))
+
+    @property
+    def score_note(self) -> str | None:
+        """Whose data and whose reference returns stand behind a score; None if neither is known."""
+        parts = [f"data: {self.origin}"] if self.origin else []
+        if self.reference_returns is not None:
+            parts.append(f"reference returns: {self.reference_source or 'given by the user'}")
+        return "; ".join(parts) or None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `json` can write."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Card:
+        """The inverse of `to_dict`; an unknown key is an error."""
+        return cls().replace(**values)
+
+
+class Dataset:
+    """Immutable transitions and their `Card`. Make one with a ``from_…`` method or `load_dataset`.
+
+    Attributes:
+        observations, next_observations: ``[N, *O]`` float32, or uint8 for pixels.
+        actions: ``[N, A]`` float32, or ``[N]`` int64 when discrete.
+        rewards: ``[N]`` float32. costs: ``[N]`` float32, or None where there are none.
+        terminals, timeouts: ``[N]`` bool, never both at one row.
+        card: the `Card`. problems: what the validator found and did not refuse.
+
+    The arrays are read-only views: a caller's own array of the right type is not copied, so do not
+    write to it afterwards.
+    """
+
+    FIELDS = ("observations", "actions", "rewards", "costs", "next_observations", "terminals",
+              "timeouts")  # fmt: skip
+
+    def __init__(
+        self,
+        observations: np.ndarray,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        terminals: np.ndarray,
+        timeouts: np.ndarray,
+        next_observations: np.ndarray,
+        costs: np.ndarray | None = None,
+        card: Card | None = None,
+        problems: Sequence[str] = (),
+    ):
+        """Arrays that are prepared and checked already; users call `from_arrays`."""
+        values = locals()
+        for name in self.FIELDS:
+            array = values[name]
+            if array is not None:
+                array = array.view()
+                array.flags.writeable = False
+            setattr(self, name, array)
+        self.card = card or Card()
+        self.problems = tuple(problems)
+
+    # Sources -----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_arrays(
+        cls,
+        observations: Any,
+        actions: Any,
+        rewards: Any,
+        terminals: Any,
+        timeouts: Any = None,
+        next_observations: Any = None,
+        costs: Any = None,
+        *,
+        card: Card | None = None,
+        clip_actions: bool = False,
+        **card_fields: Any,
+    ) -> Dataset:
+        """Validated transitions from arrays of N rows in the order in which they happened.
+
+        Args:
+            observations: ``[N, *O]``; float32 in the dataset unless uint8.
+            actions: ``[N, A]`` floats, or ``[N]`` (or ``[N, 1]``) integers for discrete actions.
+            rewards, costs: ``[N]`` or ``[N, 1]``. ``costs=None``: there are no costs.
+            terminals, timeouts: ``[N]`` of 0/1. ``timeouts=None`` means every ``horizon``-th step
+                of an episode where a horizon is given, and none otherwise.
+            next_observations: None takes the next row; timeout rows then have no successor and are
+                left out as D4RL's ``qlearning_dataset`` does (their predecessor becomes the
+                timeout), and so is a last row without an end. At a terminal row, whose successor
+                nothing may read, the row's own observation stands in.
+            card: what is known about the data; ``card_fields`` replace single fields of it.
+                Without ``action_low``/``action_high`` the bounds are those of the data.
+            clip_actions: clip actions outside the bounds instead of refusing them.
+
+        Raises:
+            SaferlError: lengths that differ, values that are not finite, actions out of bounds, no
+                episode end at all. What is merely suspicious goes to ``problems``.
+        """
+        card = (card or Card("arrays")).replace(**card_fields)
+        arrays = dict(
+            observations=observations,
+            actions=actions,
+            rewards=rewards,
+            terminals=terminals,
+            timeouts=timeouts,
+            next_observations=next_observations,
+            costs=costs,
+        )
+        arrays, facts, notes, problems = validate.prepare(arrays, card, clip_actions)
+        return cls(**arrays, card=card.replace(**facts).noted(*notes), problems=problems)
+
+    @classmethod
+    def from_dataframe(cls, frame: Any, columns: dict | None = None, **options: Any) -> Dataset:
+        """Rows of a pandas DataFrame; see `saferl.data.tables.from_dataframe`."""
+        from saferl.data import tables
+
+        return tables.from_dataframe(frame, columns, **options)
+
+    @classmethod
+    def from_d4rl(cls, source: Any, **options: Any) -> Dataset:
+        """The dictionary or environment of a user's ``d4rl`` package; see `saferl.data.d4rl`."""
+        from saferl.data import d4rl
+
+        return d4rl.from_d4rl(source, **options)
+
+    @classmethod
+    def from_minari(cls, source: Any, **options: Any) -> Dataset:
+        """A Minari id or ``MinariDataset``; see `saferl.data.minari.load`."""
+        from saferl.data import minari
+
+        return minari.load(source, **options)
+
+    # Sizes and episodes ------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    def __repr__(self) -> str:
+        costs = "no costs" if self.costs is None else "costs"
+        return (
+            f"Dataset({self.card.id!r}, {len(self)} rows, {len(self.episodes)} episodes, {costs})"
+        )
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        arrays = {name: getattr(self, name) for name in self.FIELDS}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    @property
+    def discrete(self) -> bool:
+        """True where an action is one integer."""
+        return self.actions.dtype.kind == "i"
+
+    @property
+    def observation_dim(self) -> int:
+        """Numbers in one flattened observation."""
+        return int(np.prod(self.observations.shape[1:], dtype=int))
+
+    @property
+    def action_dim(self) -> int:
+        """Components of a continuous action, or the number of discrete actions."""
+        return self.card.n_actions if self.discrete else self.actions.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the arrays occupy."""
+        return sum(array.nbytes for array in self._arrays().values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of names, types, shapes and contents of the arrays, without the card."""
+        digest = hashlib.sha256()
+        for name, array in self._arrays().items():
+            digest.update(f"{name}{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    @cached_property
+    def episodes(self) -> np.ndarray:
+        """``[E, 2]`` int64, (start, stop) of each complete episode in order, stop exclusive."""
+        stops = np.flatnonzero(self.terminals | self.timeouts) + 1
+        return np.stack([np.concatenate([[0], stops])[:-1], stops], axis=1).astype(np.int64)
+
+    @property
+    def fragment(self) -> tuple[int, int] | None:
+        """(start, stop) of rows after the last episode end, trained on but in no statistic."""
+        start = int(self.episodes[-1, 1]) if len(self.episodes) else 0
+        return (start, len(self)) if start < len(self) else None
+
+    def _sums(self, values: np.ndarray) -> np.ndarray:
+        total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+        return total[self.episodes[:, 1]] - total[self.episodes[:, 0]]
+
+    def episode_returns(self) -> np.ndarray:
+        """``[E]`` float64, the undiscounted sum of rewards of each complete episode."""
+        return self._sums(self.rewards)
+
+    def episode_costs(self) -> np.ndarray | None:
+        """``[E]`` float64, the undiscounted sum of costs of each complete episode; None if none."""
+        return None if self.costs is None else self._sums(self.costs)
+
+    def episode_lengths(self) -> np.ndarray:
+        """``[E]`` int64, steps of each complete episode."""
+        return self.episodes[:, 1] - self.episodes[:, 0]
+
+    def normalised_score(self, value: Any) -> Any:
+        """100 · (return − random) / (expert − random) with the card's reference; None without one.
+
+        Takes a number or an array. For DSRL the reference is the least and the greatest return in
+        the data, and DSRL's papers print the score without the factor 100.
+        """
+        if self.card.reference_returns is None:
+            return None
+        low, high = self.card.reference_returns
+        return 100.0 * (value - low) / (high - low)
+
+    def summary(self) -> dict[str, float]:
+        """Sizes and the distribution of return, cost and length over the complete episodes."""
+        values = {
+            "transitions": len(self),
+            "episodes": len(self.episodes),
+            "fragment_rows": 0 if self.fragment is None else len(self) - self.fragment[0],
+            "terminals": int(self.terminals.sum()),
+            "timeouts": int(self.timeouts.sum()),
+            "observation_dim": self.observation_dim,
+            "action_dim": self.action_dim,
+            "bytes": self.nbytes,
+        }
+        columns = {"return": self.episode_returns(), "length": self.episode_lengths()}
+        if self.costs is not None:
+            columns["cost"] = self.episode_costs()
+        if self.card.reference_returns is not None:
+            columns["score"] = self.normalised_score(columns["return"])
+        for name, column in columns.items():
+            if len(column):
+                values |= {
+                    f"{name}_mean": float(column.mean()),
+                    f"{name}_std": float(column.std()),
+                    f"{name}_min": float(column.min()),
+                    f"{name}_max": float(column.max()),
+                }
+                for q, value in zip(QUANTILES, np.quantile(column, QUANTILES)):
+                    values[f"{name}_q{round(100 * q):02d}"] = float(value)
+        return values
+
+    # Derived datasets --------------------------------------------------------------------------
+
+    def with_card(self, **fields: Any) -> Dataset:
+        """The same arrays under a card with other fields."""
+        return Dataset(**self._arrays(), card=self.card.replace(**fields), problems=self.problems)
+
+    def with_costs(self, costs: Callable[..., Any] | Any) -> Dataset:
+        """The same transitions with costs: ``[N]``, or a function that returns them.
+
+        ``costs(observations, actions, next_observations)`` gets the whole read-only arrays, so it
+        is written with numpy operations: ``lambda s, a, n: abs(n[:, 5]) > 1.0``. Old costs are
+        replaced.
+        """
+        source = "an array"
+        if callable(costs):
+            source = getattr(costs, "__name__", type(costs).__name__)
+            costs = costs(self.observations, self.actions, self.next_observations)
+        costs = validate.column("costs", costs, len(self))
+        validate.check_finite("costs", costs)
+        known = [p for p in self.problems if p not in validate.cost_problems(self.costs)]
+        return Dataset(
+            **(self._arrays() | {"costs": costs}),
+            card=self.card.noted(f"costs attached by the user from {source}"),
+            problems=(*known, *validate.cost_problems(costs)),
+        )
+
+    def subset(self, rows: Any = None, *, episodes: Any = None) -> Dataset:
+        """Some rows, or some complete episodes, in the order given.
+
+        Args:
+            rows: a number (the first n rows), row numbers, or an ``[N]`` mask. An episode that is
+                cut this way ends in a timeout, so its return is that of the part that was kept.
+            episodes: a number (the first n), episode numbers, or an ``[E]`` mask.
+        """
+        if (rows is None) == (episodes is None):
+            raise SaferlError("subset takes either rows or episodes")
+        if rows is not None:
+            index = _index("rows", rows, len(self))
+            cut = np.ones(len(index), bool)
+            cut[:-1] = np.diff(index) != 1
+            return self._take(index, cut, f"{len(index)} of {len(self)} rows")
+        chosen = _index("episodes", episodes, len(self.episodes))
+        total = len(self.episodes)
+        return self._take(self._rows_of(chosen), None, f"{len(chosen)} of {total} episodes")
+
+    def _rows_of(self, episodes: np.ndarray) -> np.ndarray:
+        spans = self.episodes[episodes]
+        lengths = spans[:, 1] - spans[:, 0]
+        offset = np.repeat(spans[:, 0] - np.concatenate([[0], lengths.cumsum()[:-1]]), lengths)
+        return np.arange(lengths.sum()) + offset
+
+    def _take(self, index: np.ndarray, cut: np.ndarray | None, note: str) -> Dataset:
+        if not len(index):
+            raise SaferlError(f"subset of {self.card.id} is empty: choose at least one row")
+        arrays = {name: array[index] for name, array in self._arrays().items()}
+        if cut is not None:
+            arrays["timeouts"] = (arrays["timeouts"] | cut) & ~arrays["terminals"]
+        return Dataset(**arrays, card=self.card.noted(f"subset: {note}"), problems=self.problems)
+
+    @staticmethod
+    def mix(
+        good: Dataset, bad: Dataset, ratio: float, seed: int = 0, size: int | None = None
+    ) -> Dataset:
+        """Whole trajectories of two datasets, ``ratio`` of the rows from ``good``.
+
+        As in Hong et al. (ICLR 2023): good trajectories are drawn uniformly with replacement until
+        their rows exceed ``ratio * size``, then bad ones until the total exceeds ``size`` (default
+        ``len(good)``). Good rows come first: sample uniformly. The card is good's.
+        """
+        if not 0 < ratio < 1:
+            raise SaferlError(f"ratio is the share of good rows, between 0 and 1; got {ratio}")
+        for name in ("observations", "actions"):
+            a, b = getattr(good, name), getattr(bad, name)
+            if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
+                raise SaferlError(
+                    f"cannot mix: {name} are {a.dtype}{list(a.shape[1:])} in {good.card.id} but "
+                    f"{b.dtype}{list(b.shape[1:])} in {bad.card.id}"
+                )
+        same = ("n_actions",) if good.discrete else ("action_low", "action_high")
+        for name in same:
+            if getattr(good.card, name) != getattr(bad.card, name):
+                raise SaferlError(
+                    f"cannot mix: {name} of {good.card.id} and {bad.card.id} differ; give both "
+                    f"the same {name}="
+                )
+        if (good.costs is None) != (bad.costs is None):
+            without = good if good.costs is None else bad
+            raise SaferlError(
+                f"cannot mix: {without.card.id} has no costs, the other has; attach with_costs"
+            )
+        size = len(good) if size is None else int(size)
+        random = np.random.default_rng(seed)
+        rows, total = [], 0
+        for source, enough in ((good, ratio * size), (bad, size)):
+            lengths, drawn = source.episode_lengths(), []
+            if not len(lengths):
+                raise SaferlError(f"cannot mix: {source.card.id} has no complete episode")
+            while total <= enough:
+                drawn.append(int(random.integers(len(lengths))))
+                total += int(lengths[drawn[-1]])
+            rows.append(source._rows_of(np.array(drawn, dtype=np.int64)))
+        arrays = {}
+        for name, array in good._arrays().items():
+            arrays[name] = np.empty((total, *array.shape[1:]), array.dtype)
+            np.take(array, rows[0], axis=0, out=arrays[name][: len(rows[0])], mode="clip")
+            np.take(
+                getattr(bad, name), rows[1], axis=0, out=arrays[name][len(rows[0]) :], mode="clip"
+            )
+        card = good.card.replace(id=f"mix({good.card.id}, {bad.card.id}, {ratio:g})").noted(
+            f"{len(rows[0])} of {total} rows from {good.card.id}, seed {seed}, with replacement"
+        )
+        return Dataset(**arrays, card=card, problems=dict.fromkeys(good.problems + bad.problems))
+
+    # Export ------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write arrays and card to ``.npz`` or ``.hdf5`` (D4RL's keys); `load_dataset` reads both.
+
+        Written to a temporary name first, so that an interrupted write leaves no half a file.
+        """
+        from saferl.data import files
+
+        return files.save(self, Path(path))
+
+    def to_minari(self, id: str, **options: Any) -> Any:
+        """Write a local Minari dataset; see `saferl.data.minari.export`."""
+        from saferl.data import minari
+
+        return minari.export(self, id, **options)
+
+
+def _index(name: str, which: Any, total: int) -> np.ndarray:
+    """Row numbers from a count, a list of numbers or a mask."""
+    array = np.asarray(which)
+    if array.ndim == 0 and array.dtype.kind in "iu":
+        return np.arange(min(int(array), total))
+    if array.dtype == bool and array.shape == (total,):
+        return np.flatnonzero(array)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise SaferlError(f"{name} must be a number, a list of numbers or a mask of {total} values")
+    if array.size and (array.min() < 0 or array.max() >= total):
+        raise SaferlError(f"{name} must lie in 0 … {total - 1}, got {array.min()} … {array.max()}")
+    return array.astype(np.int64)

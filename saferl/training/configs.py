@@ -1,0 +1,91 @@
+"""Hyper-parameters: dataclass defaults < ``configs/AGENT.yaml`` < what the user sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from fnmatch import fnmatch
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from saferl.errors import SaferlError, unknown
+
+
+@cache
+def _published(agent: str) -> dict[str, Any]:
+    file = resources.files("saferl.configs").joinpath(f"{agent}.yaml")
+    return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+
+
+def published(agent: str, dataset_id: str) -> dict[str, Any]:
+    """What ``configs/AGENT.yaml`` sets for a dataset: its defaults, then each matching family."""
+    document = _published(agent)
+    values = dict(document.get("defaults") or {})
+    for family in document.get("families") or []:
+        if any(fnmatch(dataset_id, pattern) for pattern in family["datasets"]):
+            values |= family["set"]
+    return values
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """``["alpha=1,2.5", "discount=0.99"]`` to ``{"alpha": [1, 2.5], "discount": 0.99}``."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key or not text:
+            raise SaferlError(f"--set {pair!r} is not KEY=VALUE")
+        parts = [_scalar(part) for part in text.strip("[]").split(",")]
+        values[key.strip()] = parts if len(parts) > 1 else parts[0]
+    return values
+
+
+def _scalar(text: str) -> Any:
+    """YAML's reading of a word, with 1e-3 as the number that YAML 1.1 takes for a string."""
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """Who is trained: one seed per member, and a name that tells the members apart."""
+
+    seeds: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+def resolve(
+    config_class: type, settings: dict[str, Any], seeds: list[int]
+) -> tuple[dict[str, Any], Members]:
+    """Expand lists of values into members: every combination of values is trained on every seed.
+
+    ``alpha=[1, 2.5, 10]`` with four seeds gives twelve members. Returns plain settings whose lists
+    have one value per member, and the members.
+
+    Raises:
+        SaferlError: a list where the agent has no such per-member field.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    for key in settings:
+        if key not in defaults:
+            raise unknown("config key", key, defaults)
+    lists = {
+        key: value
+        for key, value in settings.items()
+        if isinstance(value, (list, tuple)) and not isinstance(defaults[key], tuple)
+    }
+    combinations = list(itertools.product(*lists.values()))
+    columns = [seed for _ in combinations for seed in seeds]
+    expanded = dict(settings)
+    for position, key in enumerate(lists):
+        expanded[key] = [c[position] for c in combinations for _ in seeds]
+    names = tuple(
+        " ".join([*(f"{k}={v:g}" for k, v in zip(lists, c)), f"seed={seed}"])
+        for c in combinations
+        for seed in seeds
+    )
+    return expanded, Members(tuple(columns), names)
