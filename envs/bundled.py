@@ -166,6 +166,7 @@ def _card(name: str) -> Card:
             "scores use D4RL's reference returns, but published D4RL scores are not comparable: "
             "the data differ",
             "the last episode is cut at the size asked for and marked as a timeout",
+            "behaviours: " + "; ".join(_describe(robot, *part) for part in _mix(robot, level)),
         ),
     )
 
@@ -203,6 +204,16 @@ def _mix(robot: str, level: str) -> list[tuple[int | None, float]]:
         raise _incomplete(BEHAVIOURS / "behaviours.json", f"{robot} {level}: {error!r}") from error
     total = sum(share for _, share in parts)
     return [(index, share / total) for index, share in parts]
+
+
+def _describe(robot: str, index: int | None, share: float) -> str:
+    text = f"{share:.0%} of the steps "
+    if index is None:
+        return text + "random actions"
+    policies = _manifest()["robots"][robot].get("policies", [])
+    facts = next((policy for policy in policies if policy.get("index") == index), {})
+    known = [f"{k} {facts[k]:g}" for k in ("penalty", "step", "return", "cost") if k in facts]
+    return text + f"policy {index}" + (f" ({', '.join(known)})" if known else "")
 
 
 def _behaviours_digest(robot: str, level: str) -> str:
@@ -371,6 +382,6 @@ def _store(temporary: Path, path: Path, content: dict[str, Any]) -> None:
 
 def _unwritable(path: Path, error: OSError) -> SaferlError:
     return SaferlError(
-        f"cannot write {path} ({error.strerror or error}): set SAFERL_DATA_DIR to a folder that you "
-        "may write to, with room for it"
+        f"cannot write {path} ({error.strerror or error}): set SAFERL_DATA_DIR to a folder that "
+        "you may write to, with room for it"
     )

@@ -7,7 +7,6 @@ becomes one line and exit status 2; Ctrl-C exits with 130 after a checkpoint was
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
@@ -26,7 +25,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command is None:
         _parser().print_help()
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         options.run(options)
     except SaferlError as error:
@@ -37,10 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     return 0
-
-
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,8 +134,8 @@ def _set_threads(count: int | None) -> None:
 
 def _train(options) -> None:
     _set_threads(options.threads)
-    from saferl.training.configs import parse_settings
     from saferl.training import resume, train
+    from saferl.training.configs import parse_settings
 
     settings = parse_settings(options.set)
     data = parse_settings(options.dataset_option)

@@ -1,7 +1,7 @@
 """What an agent must know of a task: sizes, and how raw units map to the units it computes in.
 
-Agents see normalised observations, actions in [-1, 1] and transformed rewards; the buffer applies the
-mapping once when data enter, and the exported `Policy` carries its inverse. So no agent ever
+Agents see normalised observations, actions in [-1, 1] and transformed rewards; the buffer applies
+the mapping once when data enter, and the exported `Policy` carries its inverse. So no agent ever
 normalises by itself, and none can forget to.
 """
 

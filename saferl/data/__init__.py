@@ -61,15 +61,11 @@ def load_dataset(id_or_path: str | Path, **options: Any) -> Dataset:
 
 def _without_family(name: str) -> SaferlError:
     """An id without its family: most often a D4RL or DSRL name as papers print it."""
-    import difflib
-
     from saferl.data import d4rl, dsrl
+    from saferl.data.validate import nearest
 
-    known = {f"{family}/{id}" for family, ids in (("d4rl", d4rl.ids()), ("dsrl", dsrl.ids()))
-             for id in ids}  # fmt: skip
-    bare = {id.split("/")[1]: id for id in known}
-    close = difflib.get_close_matches(name, bare, n=1, cutoff=0.6)
-    guess = f"did you mean {bare[close[0]]!r}? " if close else ""
+    known = [*(f"d4rl/{id}" for id in d4rl.ids()), *(f"dsrl/{id}" for id in dsrl.ids())]
+    guess = nearest(f"d4rl/{name}", known)
     return SaferlError(
         f"unknown dataset {name!r}: {guess}An id is FAMILY/NAME with a family out of "
         f"{', '.join(registry.names('datasets'))}, or give the path of a file"

@@ -20,7 +20,8 @@ from typing import Any
 
 from saferl.data import files
 from saferl.data.dataset import Card, Dataset
-from saferl.errors import SaferlError, unknown
+from saferl.data.validate import nearest
+from saferl.errors import SaferlError
 
 
 @cache
@@ -43,7 +44,10 @@ def ids() -> list[str]:
 def task(id: str) -> dict[str, Any]:
     """The published constants of a task: file, env, dims, horizon, returns, max_cost, limits."""
     if id not in _names():
-        raise unknown("DSRL dataset", id, _names())
+        raise SaferlError(
+            f"unknown DSRL dataset {id!r}: {nearest(id, ids())}Tasks: "
+            f"{', '.join(_reference()['tasks'])}"
+        )
     return _reference()["tasks"][_names()[id]]
 
 

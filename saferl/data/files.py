@@ -122,13 +122,26 @@ def fetch(url: str, target: Path, hint: str, attempts: int = 3) -> None:
             f"{url} ended early, {part.stat().st_size} bytes are in {part}: run again to resume, "
             f"or {hint}"
         )
-    with part.open("rb") as file:
-        if file.read(8) != HDF5_SIGNATURE:
-            part.unlink()
-            raise SaferlError(f"{url} is not an HDF5 file (a page of a web site?): {hint}")
+    if reason := _damage(part):
+        part.unlink()
+        raise SaferlError(f"{url} {reason}: {hint}")
     _record(part, target)
     part.replace(target)
     _tag(part).unlink(missing_ok=True)
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a downloaded file; None if HDF5 opens it."""
+    import h5py
+
+    with path.open("rb") as file:
+        if file.read(len(HDF5_SIGNATURE)) != HDF5_SIGNATURE:
+            return "is not an HDF5 file (a page of a web site?)"
+    try:
+        h5py.File(path, "r").close()
+    except OSError as error:
+        return f"is truncated ({error})"
+    return None
 
 
 def _tag(part: Path) -> Path:
@@ -160,6 +173,8 @@ def _request(url: str, part: Path, label: str) -> bool:
     with response:
         if response.status != 206:
             have = 0
+        elif not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
+            raise OSError("the server sent another part of the file than was asked for")
         length = response.headers.get("Content-Length")
         total = None if length is None else have + int(length)
         free = shutil.disk_usage(part.parent).free

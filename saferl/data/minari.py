@@ -9,7 +9,6 @@ belongs to the reset). Dictionary and tuple observations are flattened as
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import os
@@ -20,6 +19,7 @@ import numpy as np
 
 from saferl.data import files
 from saferl.data.dataset import Card, Dataset
+from saferl.data.validate import nearest
 from saferl.errors import SaferlError
 
 _MAZES = [f"pointmaze/{m}{d}" for m in ("open", "umaze", "medium", "large") for d in ("", "-dense")]
@@ -94,8 +94,7 @@ def _open(id: str, download: bool) -> Any:
 
 def _fetch(minari: Any, id: str, path: Any, download: bool) -> None:
     local = minari.list_local_datasets()
-    close = difflib.get_close_matches(id, {*PUBLISHED, *local} - {id}, n=1, cutoff=0.6)
-    guess = f"did you mean {close[0]!r}? " if close and id not in PUBLISHED else ""
+    guess = "" if id in PUBLISHED else nearest(id, {*PUBLISHED, *local})
     if not download:
         raise SaferlError(f"Minari dataset {id!r} is not at {path}: {guess}Or allow the download")
     remote = os.environ.get("MINARI_REMOTE", "hf://farama-minari")
@@ -223,7 +222,7 @@ def _arrays(dataset: Any, cost_key: str) -> dict[str, Any]:
         costs = (episode.infos or {}).get(cost_key)
         with_costs.append(costs is not None)
         if costs is not None:
-            out["costs"][start:stop] = np.asarray(costs).reshape(-1)[-(stop - start) :]
+            out["costs"][start:stop] = np.asarray(costs).reshape(-1)[: stop - start]
         # Rows of two episodes must not run together; only the data's last episode may stay open.
         if stop < n and not out["terminals"][stop - 1]:
             out["timeouts"][stop - 1] = True
@@ -276,9 +275,6 @@ def export(dataset: Dataset, id: str, **options: Any) -> Any:
             actions = gymnasium.spaces.Box(*bounds, dtype=np.float32)
         options.setdefault("action_space", actions)
         options.setdefault("jpeg_encoding", False)  # JPEG would change the pixels
-        reference = dataset.card.reference_returns
-        if reference is not None:
-            options = {"ref_min_score": reference[0], "ref_max_score": reference[1]} | options
         spans = [tuple(span) for span in dataset.episodes.tolist()]
         if dataset.fragment is not None:
             spans.append(dataset.fragment)
@@ -305,7 +301,10 @@ def export(dataset: Dataset, id: str, **options: Any) -> Any:
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise SaferlError(f"cannot write Minari dataset {id!r}: {reason}") from None
-        extra = {"saferl_card": json.dumps(dataset.card.to_dict())}
+        extra: dict[str, Any] = {"saferl_card": json.dumps(dataset.card.to_dict())}
+        if dataset.card.reference_returns is not None:
+            low, high = dataset.card.reference_returns
+            extra |= {"ref_min_score": low, "ref_max_score": high}
         if dataset.card.env_id in gymnasium.registry:
             extra["env_spec"] = gymnasium.spec(dataset.card.env_id).to_json()
         written.storage.update_metadata(extra)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from saferl.data.dataset import Card, Dataset
+from saferl.data.validate import nearest
 from saferl.errors import SaferlError, unknown
 
 MANY = ("observations", "next_observations")
@@ -135,7 +136,11 @@ def _roles(frame: Any, columns: dict[str, Any] | None) -> dict[str, list[Any]]:
         names = list(names) if isinstance(names, (list, tuple)) else [names]
         for name in names:
             if name not in present:
-                raise unknown(f"column for {role}", str(name), map(str, present))
+                guess = nearest(str(name), map(str, present))
+                raise SaferlError(
+                    f"unknown column for {role} {str(name)!r}: {guess}Present: "
+                    f"{', '.join(map(str, present[:20]))}"
+                )
         if len(names) != 1 and role not in (*MANY, "actions"):
             raise SaferlError(f"columns: {role} takes one column, got {names}")
         if names:

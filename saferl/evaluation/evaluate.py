@@ -355,7 +355,7 @@ def number(value: float | None) -> str | None:
     if abs(value) >= 1e7 or abs(value) < 1e-3:
         return f"{value:.3g}"
     decimals = max(0, 3 - math.floor(math.log10(abs(value))))
-    text = f"{value:.{min(decimals, 4)}f}"
+    text = f"{value:.{decimals}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 

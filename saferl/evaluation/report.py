@@ -46,7 +46,6 @@ td.long { white-space: normal; overflow-wrap: anywhere; }
 .cannot-tell { background: #fdf0cf; }
 .note { color: #555; font-size: 0.88rem; } .missing { background: #f3f3f3; padding: 0.5rem 0.8rem; }
 img { max-width: 100%; height: auto; } code { font-size: 0.85rem; overflow-wrap: anywhere; }
-@media print { details { display: none; } h2 { break-before: page; } }
 """
 
 

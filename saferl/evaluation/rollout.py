@@ -57,7 +57,7 @@ def check_spaces(env: Env, spec: Any) -> None:
     ``spec``: anything with ``observation_dim``, ``action_dim`` (number of actions when discrete)
     and ``discrete``: a `Spec` or a `Dataset`. ``env``: id, factory or environment.
     """
-    if hasattr(env, "observation_space"):
+    if not isinstance(env, str) and not callable(env):
         _check_spaces(_name(env, env), _Spaces(env), spec)
         return
     made = make_env(env)
@@ -278,8 +278,8 @@ class Evaluator:
 
     - ``env``: gymnasium id, or a function without arguments that makes an environment;
     - ``members``: leading axis of the policies it will run; ``episodes``: per member and run;
-    - ``horizon``: steps after which an episode is cut; the environment's own limit when None, else
-      10 000, so that an environment that never ends does not run for ever.
+    - ``horizon``: steps after which an episode is cut; when None, what the environment's gymnasium
+      spec says, or 10 000, so that an environment that never ends does not run for ever.
 
     Close it, or use it in a ``with`` statement.
     """

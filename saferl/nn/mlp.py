@@ -68,7 +68,9 @@ class _Spread(torch.autograd.Function):
     def forward(ctx, base: Tensor, y: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(y, w)
         ctx.rows = base.shape[1]
-        return base.repeat_interleave(y.shape[1] // base.shape[1], 1).baddbmm_(y, w)
+        out = base.new_empty(*y.shape[:2], base.shape[2])
+        out.unflatten(1, (ctx.rows, -1)).copy_(base.unsqueeze(2))
+        return out.baddbmm_(y, w)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -5,12 +5,14 @@ Every actor has ``mode(observations)`` (its deterministic action) and ``sample(o
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saferl.errors import SaferlError
 from saferl.nn.mlp import MLP, Initialiser, torch_default
 from saferl.rng import MemberRandom
 from saferl.spec import Spec
@@ -193,6 +195,23 @@ class Policy(nn.Module):
             low, high = torch.tensor(spec.action_low), torch.tensor(spec.action_high)
             self.register_buffer("action_center", (high + low) / 2)
             self.register_buffer("action_half_range", (high - low) / 2)
+
+    def member(self, index: int) -> Policy:
+        """A policy of one member with weights of its own.
+
+        Raises:
+            SaferlError: there is no such member.
+        """
+        if not 0 <= index < self.members:
+            raise SaferlError(f"no member {index}: the policy has {self.members}, counted from 0")
+        one = copy.deepcopy(self)
+        one.members = 1
+        for module in one.actor.modules():
+            if hasattr(module, "members"):
+                module.members = 1
+        for parameter in one.actor.parameters():  # every one has a leading member axis
+            parameter.data = parameter.data[index : index + 1].clone()
+        return one
 
     def _normalise(self, observations: Tensor) -> Tensor:
         return (observations - self.observation_mean) / self.observation_std

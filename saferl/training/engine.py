@@ -65,8 +65,8 @@ class Engine:
 class OnlineEngine(Engine):
     """One environment per member: each step acts once in each, then updates once.
 
-    The first ``agent.config.random_steps`` steps act uniformly at random and do not update. A resumed
-    run begins new episodes; everything else continues where it was.
+    The first ``agent.config.random_steps`` steps act uniformly at random and do not update. A
+    resumed run begins new episodes; everything else continues where it was.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """A run is a folder: configuration, dataset card, checkpoints, metrics.
 
-Every file is written under a temporary name and renamed, so a crash or a full disk leaves the previous
-one whole; a checkpoint is a single safetensors file whose header carries its JSON.
+Every file is written under a temporary name and renamed, so a crash or a full disk leaves the
+previous one whole; a checkpoint is a single safetensors file whose header carries its JSON.
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import platform
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from saferl.training.configs import published, resolve
 from saferl.training.engine import Engine, OnlineEngine
 from saferl.training.run import MetricsLog, RunFolder
 
-CHUNK = 200  # updates between two movements of the progress bar
+CHUNK_SECONDS = 0.5  # between two movements of the progress bar, and to answer Ctrl-C
 EVALUATION_SEED = 10_000  # first of the seeds of evaluation episodes, apart from training's
 OBJECT = "a Python object"  # stands in config.yaml for a Dataset or environment that has no name
 
@@ -138,7 +140,8 @@ def train(
 
     source = None
     if dataset is not None and not isinstance(dataset, Dataset):
-        source = str(dataset)
+        # A run resumes from any folder, so a file is recorded by its full path.
+        source = str(Path(dataset).resolve()) if Path(dataset).is_file() else str(dataset)
         dataset = load_dataset(source, **(dataset_options or {}))
     if dataset is not None and limits and dataset.costs is None:
         raise SaferlError(
@@ -284,25 +287,27 @@ class _Loop:
             self.say(f"resuming {self.folder.path} at step {self.step}")
         log = MetricsLog(self.folder, self.names, self.step if resumed else None)
         try:
-            self._train(log)
-        except KeyboardInterrupt:
-            self._save()
-            self.say("")
+            with _stop_signals() as stopped:
+                self._train(log, stopped)
+                if stopped:
+                    self._save()
+        finally:
+            log.close()
+            self.engine.close()
+        if stopped:
             self.say(
                 f"stopped at step {self.step}; continue with: saferl train --resume "
                 f"{self.folder.path}"
             )
-            raise
-        finally:
-            log.close()
-            self.engine.close()
+            raise KeyboardInterrupt
         return Run(self.folder.path, self.agent, self.evaluation)
 
-    def _train(self, log: MetricsLog) -> None:
+    def _train(self, log: MetricsLog, stopped: list[int]) -> None:
         from tqdm import tqdm
 
         total, plan = self.plan["steps"], self.plan
         intervals = [plan[f"{event}_interval"] for event in ("log", "eval", "checkpoint")]
+        chunk = 1
         with tqdm(
             total=total,
             initial=self.step,
@@ -311,12 +316,14 @@ class _Loop:
             disable=not self.progress,
             mininterval=1.0,
         ) as bar:
-            while self.step < total:
+            while self.step < total and not stopped:
                 following = [(self.step // interval + 1) * interval for interval in intervals]
-                stop = min(*following, self.step + CHUNK, total)
+                stop = min(*following, self.step + chunk, total)
                 start = time.perf_counter()
                 self.engine.run(stop - self.step)
-                self.seconds += time.perf_counter() - start
+                seconds = time.perf_counter() - start
+                self.seconds += seconds
+                chunk = max(1, round((stop - self.step) / seconds * CHUNK_SECONDS))
                 bar.update(stop - self.step)
                 self.step = stop
                 if self._due("log"):
@@ -395,6 +402,33 @@ def load_agent(run: str | Path, step: int | None = None, device: str = "cpu"):
     agent = cls(Spec.from_dict(header["spec"]), config, header["seeds"], pick_device(device))
     agent.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("agent.")})
     return agent
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that receives Ctrl-C or SIGTERM, so that the loop stops between two updates.
+
+    An exception in the middle of an update would leave a state that no unbroken run passes through.
+    A second Ctrl-C interrupts at once.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread can handle signals
+        return
+    previous = {
+        number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def pick_device(name: str) -> torch.device:

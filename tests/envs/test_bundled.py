@@ -29,14 +29,15 @@ def write_behaviours(folder, seed=5):  # of the first seeds, one whose hoppers m
         tensors[f"weight.{i}"] = (scale * torch.randn(P, rows, columns, generator=random)).half()
         tensors[f"bias.{i}"] = torch.randn(P, 1, columns, generator=random).half()
     save_file(tensors, folder / "hopper.safetensors")
-    halves = [{"policy": 0, "share": 0.5}, {"policy": 2, "share": 0.25}]
+    shares = [(0, 2), (2, 1), (None, 1)]  # as shares they need not sum to 1
     levels = {
         "medium": [{"policy": 1, "share": 1}],
-        "mixed": [*halves, {"policy": None, "share": 0.25}],
+        "mixed": [{"policy": policy, "share": share} for policy, share in shares],
     }
+    policies = [{"index": i, "penalty": 2.5 * i, "return": 100.0, "cost": 4} for i in range(P)]
     manifest = {
         "licence": "Apache-2.0",
-        "robots": {"hopper": {"policies": [{"index": i} for i in range(P)], "levels": levels}},
+        "robots": {"hopper": {"policies": policies, "levels": levels}},
     }
     (folder / "behaviours.json").write_text(json.dumps(manifest))
     return tensors
@@ -78,7 +79,7 @@ def test_generated_data_are_transitions_of_the_task(behaviours, monkeypatch):
     assert data.observations.shape == (size, S) and data.actions.shape == (size, A)
     # These policies fall within a few steps; only the last episode is cut, and marked.
     ends = data.terminals | data.timeouts
-    assert ends[-1] and data.timeouts.sum() == data.timeouts[-1] and data.terminals.sum() > 20
+    assert ends[-1] and data.timeouts.sum() == data.timeouts[-1] and data.terminals.sum() > 10
 
     # Every 20th step, played again in the simulator from its observation, gives the recorded row.
     env = gymnasium.make("saferl/HopperVelocity-v0")
@@ -99,6 +100,10 @@ def test_generated_data_are_transitions_of_the_task(behaviours, monkeypatch):
     assert card.horizon == saferl.envs.HORIZON and card.licence == "Apache-2.0"
     assert data.normalised_score(3234.3) == pytest.approx(100.0)
     assert "not D4RL" in card.origin
+    assert card.notes[-1] == (
+        "behaviours: 50% of the steps policy 0 (penalty 0, return 100, cost 4); 25% of the steps "
+        "policy 2 (penalty 5, return 100, cost 4); 25% of the steps random actions"
+    )
     np.testing.assert_array_equal(card.action_low, env.action_space.low)
     np.testing.assert_array_equal(card.action_high, env.action_space.high)
 
@@ -210,3 +215,25 @@ def test_errors_say_what_to_do(behaviours, monkeypatch, tmp_path):
     with pytest.raises(SaferlError, match="incomplete, reinstall saferl"):
         load_dataset(MIXED, size=10)
     assert not list((tmp_path / "cache" / "bundled").iterdir())  # a failure leaves nothing behind
+
+
+SHIPPED = bundled.BEHAVIOURS / "behaviours.json"
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason="no behaviours in this checkout")
+def test_shipped_behaviours_fit_their_robots():
+    robots = json.loads(SHIPPED.read_text())["robots"]
+    assert robots
+    for robot, entry in robots.items():
+        env = gymnasium.make(bundled.ROBOTS[robot].env_id)
+        x = torch.zeros(1, 2, *env.observation_space.shape)
+        assert set(entry["levels"]) == {"medium", "expert", "mixed"}
+        for level, parts in entry["levels"].items():
+            assert sum(part["share"] for part in parts) == pytest.approx(1.0), (robot, level)
+            for part in parts:
+                if part["policy"] is not None:
+                    action = bundled.Behaviour(robot, part["policy"])(x)[0, 0]
+                    assert action.shape == env.action_space.shape and action.isfinite().all()
+        facts = [set(policy) for policy in entry["policies"]]
+        assert all({"index", "penalty", "step", "return", "cost"} <= fact for fact in facts)
+        assert (bundled.BEHAVIOURS / f"{robot}.safetensors").stat().st_size < 1_000_000

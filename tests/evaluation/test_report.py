@@ -1,0 +1,323 @@
+import csv
+import json
+import math
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+
+from saferl.data import Card
+from saferl.errors import SaferlError
+from saferl.evaluation import Episodes, Evaluation, evaluate, plots, write_report
+from saferl.evaluation.evaluate import check_limit, columns, group_names, interval, number
+from saferl.evaluation.report import read_metrics
+
+
+def made(returns, costs, step=0, length=10):
+    returns = np.array(returns, float)
+    costs = None if costs is None else np.array(costs, float)
+    return Evaluation.from_episodes(
+        Episodes(returns, costs, np.full(returns.shape, length), "Fake-v0", 0), step
+    )
+
+
+RETURNS = [[1, 2, 3, 4], [3, 4, 5, 6]]
+COSTS = [[0, 1, 2, 3], [2, 3, 4, 5]]
+
+
+def test_the_table_of_known_episodes():
+    rows = made(RETURNS, COSTS).table([2.5], reference_returns=(1.5, 5.5))
+    assert [row["member"] for row in rows] == [None, 0, 1]
+    both, first, second = rows
+    assert (both["members"], both["episodes"], both["limit"]) == (2, 8, 2.5)
+    assert both["return_mean"] == 3.5 and both["score"] == 50
+    assert both["return_iqm"] == pytest.approx((3 + 3 + 4 + 4) / 4)
+    assert both["return_low"] < 3.5 < both["return_high"]
+    assert both["cost_mean"] == 2.5 and both["cost_ratio"] == 1
+    assert both["share_over"] == 0.5 and both["cvar"] == 5
+    assert both["members_within"] == 1 and both["cost_per_step"] == 0.25 and both["length"] == 10
+    assert (first["cost_mean"], second["cost_mean"]) == (1.5, 3.5)
+    assert (first["share_over"], second["share_over"]) == (0.25, 0.75)
+    assert both["cost_low"] >= 0  # costs are never negative, so neither is what is expected of them
+
+
+@pytest.mark.parametrize("limit, verdict", [(90, "not met"), (100, "cannot tell"), (110, "met")])
+def test_verdicts_follow_the_interval(limit, verdict):
+    costs = 100 + np.random.default_rng(0).normal(size=(3, 8))
+    row = made(costs, costs).table([limit])[0]
+    assert row["verdict"] == verdict
+    assert 97 < row["cost_low"] < 100 < row["cost_high"] < 103
+
+
+def test_the_ends_of_the_interval_count_as_within():
+    rows = made([[1.0] * 6], [[2.0] * 6]).table([2.0, 1.999])
+    assert [row["verdict"] for row in rows[:2]] == ["met", "not met"]
+
+
+def test_too_few_episodes_give_no_verdict():
+    assert made([[1.0] * 4], [[0.0] * 4]).table([25])[0]["verdict"] == "cannot tell"
+    alone = made([[1.0]], [[0.0]])
+    assert math.isnan(alone.table([25])[0]["cost_high"])
+    assert "nan" not in alone.text([25])
+
+
+def test_groups_of_members_are_summed_up_apart():
+    names = ["cost_limit=5 seed=0", "cost_limit=5 seed=1", "cost_limit=10 seed=0"]
+    groups = group_names(names)
+    assert groups == ["cost_limit=5", "cost_limit=5", "cost_limit=10"]
+    assert group_names(["seed=0", "seed=1"]) is None
+    rows = made([[1, 1], [3, 3], [9, 9]], None).table(groups=groups)
+    assert [(row["group"], row["member"], row["return_mean"]) for row in rows] == [
+        ("cost_limit=5", None, 2),
+        ("cost_limit=5", 0, 1),
+        ("cost_limit=5", 1, 3),
+        ("cost_limit=10", None, 9),
+        ("cost_limit=10", 2, 9),
+    ]
+    with pytest.raises(SaferlError, match="2 group names for 3 members"):
+        made([[1, 1], [3, 3], [9, 9]], None).table(groups=groups[:2])
+
+
+def test_text_for_the_terminal():
+    text = made(RETURNS, COSTS).text([2.5, 30], (1.5, 5.5), note="made up, not D4RL's")
+    lines = text.splitlines()
+    assert lines[0].split()[:2] == ["limit", "verdict"]
+    assert "cannot tell" in lines[1] and "1 of 2" in lines[1] and "50 % of 8" in lines[1]
+    assert " met " in lines[2] and "0 % of 8" in lines[2] and "50.0" in lines[2]
+    assert text.count("made up, not D4RL's") == 2  # under each table
+    assert "95 % bootstrap interval over 2 members" in text
+    assert max(map(len, lines[3:])) <= 120
+    single = " ".join(made([[1, 2, 3, 4, 5, 6]], None).text().split())
+    assert "says nothing about other seeds" in single
+    assert not any(word in single for word in ("cost", "limit", "Each member"))
+
+
+def test_unseen_harm_is_pointed_out():
+    text = made([range(10)], [[0.0] * 10]).text([25])
+    assert "strikes up to 30 % of the episodes" in " ".join(text.split())
+    assert "strikes" not in made([range(10)], [range(10)]).text([25])
+
+
+def test_a_limit_needs_costs():
+    with pytest.raises(SaferlError, match=r"CostWrapper.*with_costs"):
+        made(RETURNS, None).table([25])
+    for bad in (-1, "many", float("nan"), float("inf"), None):
+        with pytest.raises(SaferlError, match="cost limit is a number of 0 or more"):
+            check_limit(bad)
+
+
+def test_rows_survive_a_file_and_the_last_step_counts(tmp_path):
+    file = tmp_path / "evaluation.csv"
+    random = np.random.default_rng(0)
+    parts = [made(random.normal(size=(2, 3)), random.random((2, 3)), step) for step in (5, 20)]
+    whole = Evaluation.concatenate(parts)
+    whole.write(file)
+    assert file.read_text().startswith("step,member,episode,return,cost,length\n5,0,0,")
+    read = Evaluation.read(file)
+    for name in ("steps", "members", "episodes", "returns", "costs", "lengths"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(whole, name))
+    np.testing.assert_array_equal(read.matrix(), parts[1].returns.reshape(2, 3))
+    np.testing.assert_array_equal(read.at(5).matrix("costs"), parts[0].costs.reshape(2, 3))
+    with pytest.raises(SaferlError, match=r"no evaluation at step 6; there are \[5, 20\]"):
+        read.at(6)
+    assert list(tmp_path.iterdir()) == [file]
+    made(RETURNS, None).write(file)
+    assert Evaluation.read(file).costs is None
+    with pytest.raises(SaferlError, match="cannot write"):
+        whole.write(tmp_path / "absent" / "evaluation.csv")
+
+
+def test_steps_without_costs_join_those_with_costs():
+    both = Evaluation.concatenate([made(RETURNS, None, 0), made(RETURNS, COSTS, 1)])
+    assert both.at(0).matrix("costs").tolist() == [[0] * 4] * 2
+    assert both.matrix("costs").tolist() == COSTS
+
+
+@pytest.mark.parametrize(
+    "content", ["", "a,b\n1,2\n", "step,member,episode,return,cost,length\n1,0,0,x,0,3\n"]
+)
+def test_a_file_that_is_no_evaluation_is_named(tmp_path, content):
+    file = tmp_path / "evaluation.csv"
+    file.write_text(content)
+    with pytest.raises(SaferlError, match=r"evaluation\.csv is not an evaluation"):
+        Evaluation.read(file)
+    with pytest.raises(SaferlError, match="cannot read"):
+        Evaluation.read(tmp_path / "absent.csv")
+
+
+def test_a_member_with_missing_episodes_is_told():
+    whole = made(RETURNS, COSTS)
+    with pytest.raises(SaferlError, match="different numbers of episodes at step 0"):
+        whole._pick(np.arange(len(whole)) != 3).table()
+
+
+def test_evaluate_plays_and_keeps_the_step():
+    result = evaluate(
+        lambda observations: np.ones(observations.shape[:2], int), "CartPole-v1", 3, step=40
+    )
+    assert result.steps.tolist() == [40] * 3 and result.episodes.tolist() == [0, 1, 2]
+    assert result.costs is None and (result.returns == result.lengths).all()
+
+
+def test_numbers_are_for_people():
+    values = [0, 25.0, 3120.449, 0.00925, 12345.6, 1e9, float("nan"), None, 999.97]
+    shown = ["0", "25", "3120", "0.00925", "12346", "1e+09", "–", None, "1000"]
+    assert [number(value) for value in values] == shown
+    assert interval(21.31, 18.2, 24.449) == "21.3 [18.2, 24.4]"
+    assert interval(0.5, float("nan"), float("nan")) == "0.5"
+    assert columns(["n", "verdict"], [["1", "met"], ["20", "not met"]]) == (
+        " n  verdict\n 1  met\n20  not met"
+    )
+
+
+# The report
+
+
+def fake_run(folder, *, evaluated=True, metrics=True, card=True, **config):
+    folder.mkdir()
+    settings = {"agent": "bc", "dataset": "made/up-v0", "env": "Fake-v0", "cost_limits": [2.5]}
+    settings |= {"members": ["seed=0", "seed=1"], "agent_config": {"alpha": 0.125}} | config
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    values = Card(
+        id="made/up-v0",
+        horizon=20,
+        reference_returns=(1.5, 5.5),
+        origin="made up <for> this test",
+    ).to_dict()
+    document = {"card": values, "fingerprint": "c0ffee"} if card else {}
+    (folder / "dataset.json").write_text(json.dumps(document))
+    if evaluated:
+        parts = [made(RETURNS, COSTS, step) for step in (50, 100)]
+        Evaluation.concatenate(parts).write(folder / "evaluation.csv")
+    if metrics:
+        with open(folder / "metrics.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", "member", "loss", "later", "never"])
+            for step in (50, 100):
+                for member in (0, 1):
+                    writer.writerow([step, member, member + 1 / step, "" if step == 50 else 3, ""])
+    return folder
+
+
+class Checked(HTMLParser):
+    """Collects text and images; fails on unbalanced tags."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.text, self.images = [], "", []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("script", "link", "iframe", "object")
+        if tag == "img":
+            self.images.append(dict(attributes))
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += " " + data
+
+
+def test_the_report_is_one_file_that_says_everything(tmp_path):
+    run = fake_run(tmp_path / "run<1>")
+    path = write_report(run)
+    assert path == run / "report.html"
+    page = path.read_text(encoding="utf-8")
+    assert "http" not in page and "run<1>" not in page and "url(" not in page
+    checked = Checked(page)
+    assert len(checked.images) == 3
+    assert all(i["src"].startswith("data:image/png;base64,iVBOR") for i in checked.images)
+    for phrase in (
+        "run<1>: bc on made/up-v0",
+        "cannot tell",
+        "2.50 [0.00, ",
+        "1 of 2",
+        "score 0: return 1.5, score 100: return 5.5",
+        "made up <for> this test",
+        "c0ffee",
+        "alpha",
+        "0.125",  # alpha, and the limit 2.5 over a horizon of 20 steps
+        "0.25",  # cost per step
+        "How each number is computed",
+        "At training step 100",
+    ):
+        assert phrase in checked.text, phrase
+    assert not [file for file in run.iterdir() if file.name.endswith(".tmp")]
+
+
+def test_limits_may_be_given_and_several_runs_compared(tmp_path):
+    first = fake_run(tmp_path / "first")
+    second = fake_run(
+        tmp_path / "second", members=["alpha=1 seed=0", "alpha=2 seed=0"], cost_limits=[]
+    )
+    third = fake_run(tmp_path / "third", evaluated=False, metrics=False, card=False)
+    path = write_report([first, second, third], tmp_path / "all.html", limits=[30])
+    checked = Checked(path.read_text())
+    assert "3 runs compared" in checked.text
+    for phrase in ("second alpha=1", "second alpha=2", "saferl evaluate", "has no evaluation.csv"):
+        assert phrase in checked.text, phrase
+    assert "2.50 [0.00, " in checked.text and " met " in checked.text
+    assert "without a dataset" in checked.text and "nothing has been logged" in checked.text
+    assert len(checked.images) == 2 + 3 + 3
+    with pytest.raises(SaferlError, match="name the file"):
+        write_report([first, second])
+
+
+def test_an_unevaluated_run_and_one_without_costs(tmp_path):
+    run = fake_run(tmp_path / "bare", evaluated=False)
+    checked = Checked(write_report(run).read_text())
+    assert "has no evaluation.csv" in checked.text and len(checked.images) == 1
+    made(RETURNS, None, 7).write(run / "evaluation.csv")
+    checked = Checked(write_report(run).read_text())
+    assert "no cost limit can be judged" in checked.text
+    assert "Evaluated at one training step only" in checked.text
+
+
+def test_a_folder_that_is_no_run_is_told(tmp_path):
+    with pytest.raises(SaferlError, match=r"not a run folder: it has no config\.yaml"):
+        write_report(tmp_path)
+    run = fake_run(tmp_path / "run")
+    (run / "config.yaml").write_text("a: [")
+    with pytest.raises(SaferlError, match="not valid YAML") as error:
+        write_report(run)
+    assert "\n" not in str(error.value)
+    (run / "config.yaml").write_text("agent: bc")
+    (run / "dataset.json").write_text("[1]")
+    with pytest.raises(SaferlError, match="not a dataset card"):
+        write_report(run)
+
+
+def test_metrics_with_gaps_and_a_cut_off_row(tmp_path):
+    run = fake_run(tmp_path / "run")
+    with open(run / "metrics.csv", "a") as file:
+        file.write("150,0,0.")
+    metrics = read_metrics(run / "metrics.csv")
+    assert metrics["step"].tolist() == [50, 50, 100, 100, 150]
+    assert np.isnan(metrics["later"][[0, 1, 4]]).all() and (metrics["later"][2:4] == 3).all()
+    figure = plots.training_metrics(metrics)
+    assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == ["loss", "later"]
+    assert plots.training_metrics({"step": np.ones(1), "member": np.zeros(1)}) is None
+
+
+def test_plots_draw_what_they_say():
+    parts = [made(np.array(RETURNS) + step, COSTS, step) for step in (0, 10, 20)]
+    whole = Evaluation.concatenate(parts)
+    figure = plots.learning_curves(whole, [2.5])
+    returns, costs = figure.axes
+    thick = [line for line in returns.lines if line.get_linewidth() == 2]
+    assert [line.get_ydata().tolist() for line in thick] == [[3.5, 13.5, 23.5]]
+    thin = [line.get_ydata().tolist() for line in returns.lines if line.get_linewidth() < 1]
+    assert thin == [[2.5, 12.5, 22.5], [4.5, 14.5, 24.5]]
+    dashed = [line.get_ydata()[0] for line in costs.lines if line.get_linestyle() == "--"]
+    assert dashed == [2.5]
+    figure = plots.return_against_cost({"a": whole, "none": made(RETURNS, None)}, [2.5, 4])
+    episodes, means = figure.axes[0].collections
+    assert len(episodes.get_offsets()) == 8
+    assert means.get_offsets().tolist() == [[1.5, 22.5], [3.5, 24.5]]
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [2.5, 4]
+    assert plots.png(figure).startswith(b"\x89PNG")

@@ -1,0 +1,100 @@
+"""Commands as a user types them, mistakes included: one line on stderr, exit status 2."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from saferl.cli import main
+from tests.conftest import point_dataset
+
+ENV = "tests.conftest:PointTest-v0"
+QUICK = ["--steps", "30", "--members", "2", "--set", "hidden=8", "--set", "batch_size=16",
+         "--eval-episodes", "3", "--device", "cpu", "--threads", "1"]  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    point_dataset(env_id=ENV).save(tmp_path / "point.npz")
+    return "point.npz"
+
+
+def test_train_evaluate_report_inspect_collect(data, tmp_path, capsys):
+    assert main(["train", "bc", "--dataset", data, "--cost-limit", "5", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "limit" in out and "members within" in out and "runs/bc-point" in out
+    run = "runs/bc-point"
+    assert main(["evaluate", run, "--episodes", "4", "--cost-limits", "2", "8"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("cannot tell") + out.count("met") >= 2
+    assert main(["report", run]) == 0
+    assert (tmp_path / run / "report.html").stat().st_size > 10_000
+    assert main(["inspect", data, "--plot", "plot.png"]) == 0
+    assert "point" in capsys.readouterr().out and (tmp_path / "plot.png").exists()
+    assert main(["collect", run, "again.npz", "--steps", "50"]) == 0
+    assert main(["collect", "random", "random.npz", "--env", ENV, "--steps", "50"]) == 0
+    assert main(["train", "bc", "--dataset", "again.npz", *QUICK, "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for word in ("td3_bc", "discrete_cql", "hopper-medium-v2", "saferl/HopperVelocity-v0"):
+        assert word in out
+
+
+def test_bare_command_prints_help(capsys):
+    assert main([]) == 0
+    assert "train" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "dataset": (["train", "--dataset", "saferl/hoper-velocity-mixed-v0"], "hopper-velocity-mixed-v0"),
+    "family": (["train", "--dataset", "d4lr/hopper-medium-v2"], "'d4rl'"),
+    "d4rl id": (["train", "--dataset", "d4rl/hopper-meduim-v2"], "hopper-medium-v2"),
+    "file": (["train", "--dataset", "nowhere.npz"], "no such file"),
+    "agent": (["train", "td3", "--dataset", "point.npz"], "'td3_bc'"),
+    "env": (["train", "--dataset", "point.npz", "--env", "saferl/HoperVelocity-v0"],
+            "HopperVelocity"),
+    "key": (["train", "--dataset", "point.npz", "--set", "alpa=1"], "'alpha'"),
+    "set": (["train", "--dataset", "point.npz", "--set", "alpha"], "KEY=VALUE"),
+    "option": (["train", "--dataset", "point.npz", "--dataset-option", "horizn=3"], "'horizon'"),
+    "spaces": (["train", "--dataset", "point.npz", "--env", "CartPole-v1"], "4 numbers"),
+    "threads": (["train", "--dataset", "point.npz", "--threads", "0"], "--threads"),
+    "not a run": (["evaluate", "."], "not a run folder"),
+    "no run": (["report", "nowhere"], "nowhere"),
+    "resume what": (["train", "--resume", "nowhere"], "not a run folder"),
+    "resume and set": (["train", "--resume", "runs/x", "--set", "alpha=2"], "--resume takes"),
+    "collect env": (["collect", "random", "x.npz"], "--env"),
+    "collect suffix": (["collect", "random", "x.txt", "--env", ENV, "--steps", "9"], "x.txt"),
+    "truncated": (["inspect", "half.hdf5"], "half.hdf5"),
+    "nan": (["inspect", "nan.npz"], "row 3"),
+    "length": (["inspect", "short.npz"], "rewards"),
+    "missing": (["inspect", "missing.npz"], "rewards"),
+    "action": (["inspect", "wild.npz"], "row 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(case, data, tmp_path, capsys):
+    good = {n: np.array(getattr(point_dataset(), n)) for n in
+            ("observations", "actions", "rewards", "costs", "terminals", "timeouts")}  # fmt: skip
+    bounds = {"action_low": [-2.0], "action_high": [2.0]}
+    broken = {name: {k: v.copy() for k, v in good.items()} for name in ("nan", "short", "wild")}
+    broken["nan"]["observations"][3, 1] = np.nan
+    broken["short"]["rewards"] = broken["short"]["rewards"][:-2]
+    broken["wild"]["actions"][2] = 50.0
+    broken["missing"] = {k: v for k, v in good.items() if k != "rewards"}
+    for name, arrays in broken.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    (tmp_path / "half.hdf5").write_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 50)
+    arguments, word = MISTAKES[case]
+    if case == "action":
+        arguments = [*arguments]
+        for key, value in bounds.items():
+            arguments += ["--dataset-option", f"{key}={value[0]}"]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    message = captured.err.strip().splitlines()[-1]
+    assert message.startswith("saferl: ") and word in message, message
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "runs").exists()
