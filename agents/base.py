@@ -1,8 +1,8 @@
 """The contract of an agent, and what all agents share.
 
 An agent is a class with a frozen `Config`, a `build` that makes networks and optimisers for M
-members, an `update(batch)` that is pure tensor arithmetic (no reads to the host, no logging), and an
-`actor` that becomes the exported policy.
+members, an `update(batch)` that is pure tensor arithmetic (no reads to the host, no logging), and
+an `actor` that becomes the exported policy.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ class Agent:
     def minimise(optimizer: torch.optim.Optimizer, loss: Tensor, retain: bool = False) -> None:
         """Step on the sum of ``loss`` ``[M]`` with gradients of the optimiser's parameters alone.
 
-        Nothing else receives a gradient, so none is computed to be thrown away, and a parameter that
-        the loss does not reach is an error.
+        Nothing else receives a gradient, so none is computed to be thrown away, and a parameter
+        that the loss does not reach is an error.
         """
         parameters = optimizer.param_groups[0]["params"]
         gradients = torch.autograd.grad(loss.sum(), parameters, retain_graph=retain)

@@ -8,11 +8,11 @@ Discrete actions, p = softmax f(s):
 
     L_π = mean [-log p(a|s)]
 
-``best_fraction`` < 1 trains on the episodes of highest return alone ("%BC", Chen et al. 2021, arXiv
-2106.01345). It beats most offline methods where few episodes are good and good ones are complete, so
-it is the first baseline to run.
+``best_fraction`` < 1 trains on the episodes of highest return alone ("%BC", Chen et al. 2021,
+arXiv 2106.01345): the first baseline to run where some logged episodes are good from start to end.
 
-Deviations: none known from CORL's any_percent_bc, whose return for the ranking is undiscounted too.
+Deviations: where a trailing fragment has no end it is left out of the ranking; CORL's
+any_percent_bc does the same, and ranks by undiscounted returns too in its 10 % configurations.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Conservative Q-Learning (Kumar et al. 2020, arXiv 2006.04779), continuous actions.
 
-Soft actor-critic with a penalty that lowers Q on proposed actions and raises it on logged ones. With
-targets Q̄ (Polyak average), p ~ π(·|s), ℓ = log π(p|s), entropy temperature κ = e^k · multiplier, and
-N draws each of u ~ U(-1, 1)^d, b ~ π(·|s'), q ~ π(·|s), all valued at s:
+Soft actor-critic with a penalty that lowers Q on proposed actions and raises it on logged ones.
+With targets Q̄ (Polyak average), p ~ π(·|s), ℓ = log π(p|s), temperature κ = e^k entropy_multiplier
+and N draws each of u ~ U(-1, 1)^d, b ~ π(·|s'), q ~ π(·|s), all valued at s:
 
     c       = [Q(s,u_j) + d log 2,  Q(s,b_j) - log π(b_j|s'),  Q(s,q_j) - log π(q_j|s)]     3N terms
     gap_e   = mean clip(T logsumexp(c / T) - Q_e(s, a), gap_min, gap_max)
@@ -16,8 +16,8 @@ N draws each of u ~ U(-1, 1)^d, b ~ π(·|s'), q ~ π(·|s), all valued at s:
     Q̄      ← τ_soft Q + (1 - τ_soft) Q̄
 
 Without ``importance_sampling``, c = [Q(s,u_j), Q(s,a), Q(s,b_j), Q(s,q_j)], which is near CQL(ρ).
-All losses are those of the parameters before the update; steps are taken in the order α', k, π, Q,
-Q̄. Densities and proposed actions carry no gradient in L_Q, so the critics' loss moves critics alone.
+All losses are those of the parameters before the update, so the order of the steps changes nothing.
+Densities and proposed actions carry no gradient in L_Q: the critics' loss moves critics alone.
 
 Deviations from CORL's cql.py, otherwise followed:
 - every critic has ``critic_hidden`` layers (CORL's second critic ignores the configured depth);

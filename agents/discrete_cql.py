@@ -7,11 +7,11 @@ Double DQN with the penalty in closed form. For every critic e, a* = arg max_a m
     L_Q     = Σ_e mean huber_κ(y_e - Q_e(s, a)) + w Σ_e gap_e
     Q̄      ← τ Q + (1 - τ) Q̄ each update;  τ = 0: Q̄ ← Q every target_interval updates
 
-with huber_κ(u) = ½u² for |u| ≤ κ, else κ(|u| - ½κ). With ``quantiles`` = K > 0 the critic is QR-DQN's
-(Dabney et al. 2017, arXiv 1710.10044): θ_i are quantiles at τ_i = (i + ½)/K, Q is their mean (in the
-gap and in a* too), θ̄ the targets' at (s', a*), and the first term becomes
+with huber_κ(u) = ½u² for |u| ≤ κ, else κ(|u| - ½κ). With ``quantiles`` = K > 0 the critic is
+QR-DQN's (Dabney et al. 2017, arXiv 1710.10044): θ_i are quantiles at τ_i = (i + ½)/K, Q is their
+mean (in the gap and in a* too), θ̄ the targets' at (s', a*), and the first term becomes
 
-    mean Σ_i 1/K Σ_j |τ_i - 1(u_ij < 0)| huber_κ(u_ij) / κ,     u_ij = r + γ (1 - terminal) θ̄_j - θ_i
+    mean Σ_i 1/K Σ_j |τ_i - 1(u_ij < 0)| huber_κ(u_ij) / κ,   u_ij = r + γ (1 - terminal) θ̄_j - θ_i
 
 Deviations:
 - the official Atari code takes a* from the targets; ``double=false`` does that;
@@ -37,7 +37,7 @@ from .base import Agent, AgentConfig, Metrics
 
 @dataclass(frozen=True)
 class DiscreteCQLConfig(AgentConfig):
-    """Defaults: ours, for vector observations; configs/discrete_cql.yaml lists the published ones."""
+    """Defaults: ours, for vector observations; docs/agents/discrete_cql.md has the published."""
 
     normalize_observations: bool = True
     lr: float = 3e-4

@@ -10,13 +10,13 @@ Q̄ the Polyak average of the twin critics and |u|-weights w_η(u) = η if u > 0
        Q̄   ← τ Q + (1 - τ) Q̄
     3. L_π  = mean [-min(exp(β A), 100) log π(a|s)]       step π, no gradient through A
 
-This is the order of CORL's port. π is a Gaussian with mean tanh f(s) and a σ that does not depend on
-the state; its learning rate falls along a cosine to 0 at ``actor_decay_steps`` (and stays there).
+This is the order of CORL's port. π is a Gaussian with mean tanh f(s) and a σ that does not depend
+on the state; its learning rate falls along a cosine to 0 at ``actor_decay_steps``.
 
 Deviations:
 - the authors' JAX code steps π before Q and bootstraps from V after its step; CORL, followed here,
   does neither;
-- with E critics the factor of L_Q is 1/E as in CORL (E is 2 here).
+- the lower clip of log σ is -20 as in CORL (-5 in the authors' code).
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ from .base import Agent, AgentConfig, Metrics
 
 @dataclass(frozen=True)
 class IQLConfig(AgentConfig):
-    """Defaults: the paper's for D4RL locomotion."""
+    """Defaults: the authors' for D4RL locomotion, which also normalise rewards there."""
 
-    normalize_rewards: bool = True
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4
     value_lr: float = 3e-4

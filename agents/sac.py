@@ -8,8 +8,8 @@ With noise-free targets Q̄ (Polyak average), a' ~ π(·|s'), p ~ π(·|s), H̄ 
     L_α     = -log α · mean (log π(p|s) + H̄)
     Q̄      ← τ Q + (1 - τ) Q̄
 
-κ (``cost_penalty``) is ours: a fixed price per unit of cost, 0 by default. With one κ per member, one
-run gives behaviours from fast and costly to slow and safe.
+κ (``cost_penalty``) is ours: a fixed price per unit of cost, 0 by default. With one κ per member,
+one run gives behaviours from fast and costly to slow and safe.
 """
 
 from __future__ import annotations

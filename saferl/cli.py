@@ -230,11 +230,12 @@ def _evaluate(options) -> None:
 
 def _inspect(options) -> None:
     from saferl.data import load_dataset
-    from saferl.data.inspect import inspect
+    from saferl.data.inspect import describe, plot
     from saferl.training.configs import parse_settings
 
     dataset = load_dataset(options.dataset, **parse_settings(options.dataset_option))
-    print(inspect(dataset, options.plot))
+    print(describe(dataset))
+    print(f"plot: {plot(dataset, options.plot)}")
 
 
 def _list(options) -> None:

@@ -99,3 +99,11 @@ def make_env(env: str | Callable[[], Any]) -> Any:
         return gymnasium.make(env)
     except (gymnasium.error.Error, ImportError) as error:
         raise SaferlError(f"environment {env!r} cannot be made: {error}") from error
+
+
+def environment_ids() -> list[str]:
+    """Ids of plug-in environments (those with a namespace, such as ``saferl/HopperVelocity-v0``)."""
+    import gymnasium
+
+    _load_environment_plugins()
+    return sorted(name for name in gymnasium.registry if "/" in name)

@@ -67,10 +67,10 @@ MISTAKES = {
     "collect env": (["collect", "random", "x.npz"], "--env"),
     "collect suffix": (["collect", "random", "x.txt", "--env", ENV, "--steps", "9"], "x.txt"),
     "truncated": (["inspect", "half.hdf5"], "half.hdf5"),
-    "nan": (["inspect", "nan.npz"], "row 3"),
+    "nan": (["inspect", "nan.npz"], "row 3, column 1"),
     "length": (["inspect", "short.npz"], "rewards"),
     "missing": (["inspect", "missing.npz"], "rewards"),
-    "action": (["inspect", "wild.npz"], "row 2"),
+    "action": (["inspect", "wild.npz"], "actions[2, 0]"),
 }  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def _fetch(minari: Any, id: str, path: Any, download: bool) -> None:
     local = minari.list_local_datasets()
     guess = "" if id in PUBLISHED else nearest(id, {*PUBLISHED, *local})
     if not download:
-        raise SaferlError(f"Minari dataset {id!r} is not at {path}: {guess}Or allow the download")
+        raise SaferlError(f"Minari dataset {id!r} is not at {path}: {guess}Allow the download")
     remote = os.environ.get("MINARI_REMOTE", "hf://farama-minari")
     url = "https://storage.googleapis.com"
     if remote.startswith("hf://"):
@@ -108,7 +108,7 @@ def _fetch(minari: Any, id: str, path: Any, download: bool) -> None:
     if reason:
         raise SaferlError(
             f"Minari dataset {id!r} is not at {path} and {url} cannot be reached ({reason}): "
-            f"{guess}Else copy the dataset's folder there from a machine with a network"
+            f"{guess}Copy the dataset's folder there from a machine with a network"
         )
     if importlib.util.find_spec(module.split(".")[0]) is None:
         raise SaferlError(f"downloading {id} needs {module}: pip install 'minari[{extra}]'")
@@ -222,7 +222,7 @@ def _arrays(dataset: Any, cost_key: str) -> dict[str, Any]:
         costs = (episode.infos or {}).get(cost_key)
         with_costs.append(costs is not None)
         if costs is not None:
-            out["costs"][start:stop] = np.asarray(costs).reshape(-1)[: stop - start]
+            out["costs"][start:stop] = np.asarray(costs).reshape(-1)[-(stop - start) :]
         # Rows of two episodes must not run together; only the data's last episode may stay open.
         if stop < n and not out["terminals"][stop - 1]:
             out["timeouts"][stop - 1] = True

@@ -84,9 +84,19 @@ def learning_curves(series: Series, limits: Sequence[float] = ()) -> Any:
                     fontsize=8,
                     color=LIMIT_COLOUR,
                 )
+        if axis.lines:
+            _fit(axis)
     if len(named) > 1:
         axes[0][0].legend(fontsize=8, frameon=False)
     return figure
+
+
+def _fit(axis: Any) -> None:
+    """Vertical range by the lines alone: the band of two members may be very much wider."""
+    values = np.concatenate([line.get_ydata() for line in axis.lines])
+    margin = 0.3 * (values.max() - values.min()) or 1.0
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, values.min() - margin), min(high, values.max() + margin))
 
 
 def _curve(axis: Any, evaluation: Evaluation, quantity: str, name: str, colour: str) -> None:
@@ -140,7 +150,8 @@ def return_against_cost(series: Series, limits: Sequence[float] = ()) -> Any:
     axis.set_xlabel("cost per episode", fontsize=9)
     axis.set_ylabel("return per episode", fontsize=9)
     if named:
-        axis.legend(fontsize=8, frameon=False)
+        # Outside, because a marker of the legend inside would look like a point.
+        figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 

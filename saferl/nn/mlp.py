@@ -7,6 +7,7 @@ ensemble of two critics for sixteen members is a single call. M = E = 1 is the s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def xavier(gain: float = 1.0) -> Initialiser:
 
 
 class _ScalarHead(torch.autograd.Function):
-    """x [K,B,H] @ w [K,H,1]: batched products with one column are several times slower than these."""
+    """x [K,B,H] @ w [K,H,1]; plain batched products with one column are several times slower."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class _ScalarHead(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """base [K,B,H] for each of n rows, plus y [K,B·n,J] @ w [K,J,H], without a second pass or copy."""
+    """base [K,B,H], each row n times, plus y [K,B·n,J] @ w [K,J,H], summed in place."""
 
     @staticmethod
     def forward(ctx, base: Tensor, y: Tensor, w: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class MLP(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         self.scales, self.offsets = nn.ParameterList(), nn.ParameterList()
         last = len(sizes) - 2
-        for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:])):
+        for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             weight = torch.empty(self.members, ensemble, fan_in, fan_out)
             bias = torch.empty(self.members, ensemble, 1, fan_out)
             fill = final_init if layer == last else hidden_init

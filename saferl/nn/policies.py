@@ -1,6 +1,7 @@
 """Actors (normalised observation to action in [-1, 1]) and the `Policy` that leaves the library.
 
-Every actor has ``mode(observations)`` (its deterministic action) and ``sample(observations, random)``.
+Every actor has ``mode(observations)``, its deterministic action, and ``sample(observations,
+random)``.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class TanhGaussianActor(nn.Module):
 
     @staticmethod
     def density(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
-        """Log density of given actions, clipped to ±0.999 so that atanh stays finite; ``[M, B]``."""
+        """Log density of actions, clipped to ±0.999 so that atanh stays finite; ``[M, B]``."""
         actions = actions.clamp(-0.999, 0.999)
         noise = (actions.atanh() - mean) * (-log_std).exp()
         return gaussian_log_prob(noise, log_std) - (1 - actions.square()).log().sum(-1)

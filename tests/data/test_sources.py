@@ -524,7 +524,7 @@ def test_minari_absent_or_malformed():
     text = refused("cannot be reached", load_dataset, "minari/D4RL/dor/human-v2")
     assert "did you mean 'D4RL/door/human-v2'" in text
     refused("malformed Minari id 'door'", load_dataset, "minari/door")
-    refused("is not at .*allow the download", load_dataset, "minari/D4RL/pen/human-v2",
+    refused("is not at .*Allow the download", load_dataset, "minari/D4RL/pen/human-v2",
             download=False)  # fmt: skip
     refused("takes an id or a MinariDataset", Dataset.from_minari, 3)
     assert time.monotonic() - start < 5

@@ -177,7 +177,7 @@ def test_numbers_are_for_people():
 def fake_run(folder, *, evaluated=True, metrics=True, card=True, **config):
     folder.mkdir()
     settings = {"agent": "bc", "dataset": "made/up-v0", "env": "Fake-v0", "cost_limits": [2.5]}
-    settings |= {"members": ["seed=0", "seed=1"], "agent_config": {"alpha": 0.125}} | config
+    settings |= {"members": ["seed=0", "seed=1"], "agent_config": {"alpha": 0.75}} | config
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     values = Card(
         id="made/up-v0",
@@ -241,7 +241,8 @@ def test_the_report_is_one_file_that_says_everything(tmp_path):
         "made up <for> this test",
         "c0ffee",
         "alpha",
-        "0.125",  # alpha, and the limit 2.5 over a horizon of 20 steps
+        "0.75",
+        "0.125",  # the limit of 2.5 per episode over a horizon of 20 steps
         "0.25",  # cost per step
         "How each number is computed",
         "At training step 100",
@@ -315,6 +316,9 @@ def test_plots_draw_what_they_say():
     assert thin == [[2.5, 12.5, 22.5], [4.5, 14.5, 24.5]]
     dashed = [line.get_ydata()[0] for line in costs.lines if line.get_linestyle() == "--"]
     assert dashed == [2.5]
+    # Two members give a very wide interval: it must not press the curves flat.
+    low, high = returns.get_ylim()
+    assert low < 2.5 and 24.5 < high and high - low <= 1.6 * (24.5 - 2.5) + 1e-9
     figure = plots.return_against_cost({"a": whole, "none": made(RETURNS, None)}, [2.5, 4])
     episodes, means = figure.axes[0].collections
     assert len(episodes.get_offsets()) == 8

@@ -60,6 +60,14 @@ def test_few_or_equal_values():
         bootstrap_interval([1.0, np.nan])
 
 
+@pytest.mark.parametrize("values", [[[0.0], [2.0]], [[0.0, 2.0]]])
+def test_two_values_are_widened_by_the_small_sample_factor(values):
+    # Resampled means lie on 0, 1 and 2; their variance is half the unbiased one, with 1 degree of
+    # freedom: both distances from the mean, 1, are multiplied by √2 · t / z.
+    factor = np.sqrt(2) * stats.t.ppf(0.975, 1) / stats.norm.ppf(0.975)
+    np.testing.assert_allclose(bootstrap_interval(values), [1 - factor, 1 + factor])
+
+
 def test_many_resamples_in_chunks_agree_with_the_normal_interval():
     values = np.random.default_rng(0).normal(size=(40, 100))
     low, high = bootstrap_interval(values, resamples=1200)
