@@ -52,11 +52,6 @@ class _Cloning(Agent):
         if fraction == 1:
             return dataset
         returns = np.asarray(dataset.episode_returns())
-        if not len(returns):
-            raise SaferlError(
-                "best_fraction ranks complete episodes, but the dataset has none: mark where "
-                "episodes end in terminals or timeouts"
-            )
         keep = max(1, math.floor(fraction * len(returns)))
         best = np.argsort(-returns, kind="stable")[:keep]
         return dataset.subset(episodes=np.sort(best))

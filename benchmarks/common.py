@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PEER = ROOT / ".venv-peers"
 PEER_PACKAGES = ("torch==2.13.0", "d3rlpy==2.8.1")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 ONE_THREAD = {
     name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 }

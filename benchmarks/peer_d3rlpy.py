@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import time
 import warnings
 from typing import Any
@@ -18,6 +19,7 @@ warnings.filterwarnings("ignore")  # the peer's own deprecations are not ours to
 
 with contextlib.redirect_stderr(io.StringIO()):  # it imports gym, which prints a plea to upgrade
     import d3rlpy
+import structlog
 import torch
 from d3rlpy.algos import BCConfig, CQLConfig, IQLConfig, TD3PlusBCConfig
 from d3rlpy.dataset import MDPDataset, TransitionMiniBatch
@@ -25,6 +27,7 @@ from d3rlpy.models.encoders import VectorEncoderFactory
 from d3rlpy.preprocessing import StandardObservationScaler
 
 torch.set_num_threads(1)
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 
 
 def make(agent: str, settings: dict[str, Any], scaler: Any = None) -> Any:
@@ -94,16 +97,17 @@ class Speed:
         self.agent.create_impl((data["observation_dim"],), data["action_dim"])
         self.batch_size = settings["batch_size"]
 
-    def block(self, updates: int) -> tuple[float, float]:
+    def block(self, updates: int, clock: str) -> tuple[float, float]:
         """Seconds spent on sampling and on updating in ``updates`` updates."""
+        now = common.CLOCKS[clock]
         sampling = updating = 0.0
         for _ in range(updates):
-            start = time.perf_counter()
+            start = now()
             batch = self.buffer.sample_transition_batch(self.batch_size)
-            middle = time.perf_counter()
+            middle = now()
             self.agent.update(batch)
             sampling += middle - start
-            updating += time.perf_counter() - middle
+            updating += now() - middle
         return sampling, updating
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,30 +118,32 @@ class Ours:
         self.agent = cls(spec, config, [0])
         self.buffer = ReplayBuffer.from_dataset(dataset, spec, [0])
 
-    def block(self, updates: int) -> tuple[float, float]:
+    def block(self, updates: int, clock: str) -> tuple[float, float]:
         """Seconds spent on sampling and on updating in ``updates`` updates."""
+        now = common.CLOCKS[clock]
         agent, buffer, rows = self.agent, self.buffer, self.agent.config.batch_size
         sampling = updating = 0.0
         for _ in range(updates):
-            start = time.perf_counter()
+            start = now()
             batch = buffer.sample(rows)
-            middle = time.perf_counter()
+            middle = now()
             agent.update(batch)
             sampling += middle - start
-            updating += time.perf_counter() - middle
+            updating += now() - middle
         return sampling, updating
 
-    def matmul(self) -> float:
+    def matmul(self, clock: str) -> float:
         """Seconds of a 1024³ float32 product, the median of five."""
         import torch
 
+        now = common.CLOCKS[clock]
         a, b = torch.randn(2, MATMUL, MATMUL).unbind(0)
         out = torch.empty(MATMUL, MATMUL)
         times = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = now()
             torch.mm(a, b, out=out)
-            times.append(time.perf_counter() - start)
+            times.append(now() - start)
         return statistics.median(times)
 
 
@@ -164,7 +165,9 @@ def serve() -> None:
 # Measurement ---------------------------------------------------------------------------------
 
 
-def measure(agent: str, ours: common.Worker, peer: common.Worker, rounds: int) -> dict[str, Any]:
+def measure(
+    agent: str, ours: common.Worker, peer: common.Worker, rounds: int, clock: str
+) -> dict[str, Any]:
     """One row of the table: medians over rounds; all times in milliseconds per update."""
     hidden = NETWORKS[agent]
     settings = common.settings_of(agent, hidden) | {
@@ -173,15 +176,17 @@ def measure(agent: str, ours: common.Worker, peer: common.Worker, rounds: int) -
     }
     for worker in (ours, peer):
         worker("prepare", agent=agent, settings=settings, data=DATA)
-        worker("block", updates=4)
-    seconds = sum(ours("block", updates=10)) / 10
+        worker("block", updates=4, clock=clock)
+    seconds = sum(ours("block", updates=10, clock=clock)) / 10
     updates = 2 * max(1, round(BLOCK_SECONDS / seconds / 2))  # even: TD3+BC's updates alternate
     count = multiply_adds(agent, DATA["observation_dim"], DATA["action_dim"], hidden)
     rows = []
     for _ in range(rounds):
-        matmul = ours("matmul")
-        our_sampling, our_update = (1e3 * s / updates for s in ours("block", updates=updates))
-        its_sampling, its_update = (1e3 * s / updates for s in peer("block", updates=updates))
+        matmul = ours("matmul", clock=clock)
+        (our_sampling, our_update), (its_sampling, its_update) = (
+            [1e3 * s / updates for s in worker("block", updates=updates, clock=clock)]
+            for worker in (ours, peer)
+        )
         floor = 1e3 * matmul * count / MATMUL**3
         rows.append(
             {
@@ -294,6 +299,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--agents", nargs="+", choices=sorted(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=31, help="blocks of each side")
+    parser.add_argument(
+        "--clock",
+        choices=sorted(common.CLOCKS),
+        default="wall",
+        help="cpu: time on the processor, for a machine that is busy with other work",
+    )
     parser.add_argument("--peer-python", help="an interpreter with d3rlpy; else .venv-peers is made")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -314,13 +325,14 @@ def main() -> None:
         versions = {"ours": ours("versions"), "peer": peer("versions")}
         for agent in options.agents:
             print(f"{agent} …", file=sys.stderr, flush=True)
-            rows.append(measure(agent, ours, peer, options.rounds))
+            rows.append(measure(agent, ours, peer, options.rounds, options.clock))
     machine = common.machine()
     document = {
         "command": common.command(),
         "date": common.now(),
         "machine": machine,
         "versions": versions,
+        "clock": options.clock,
         "data": DATA,
         "rows": rows,
         "verdicts": verdicts(rows),

@@ -14,6 +14,13 @@ class SaferlError(ValueError):
     """A mistake that the caller can mend, told in one line."""
 
 
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """``"did you mean 'x'? "`` for the valid name that is most alike, whatever the case; or ""."""
+    spellings = {text.lower(): text for text in valid}
+    close = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=0.6)
+    return f"did you mean {spellings[close[0]]!r}? " if close else ""
+
+
 def unknown(kind: str, name: str, valid: Iterable[str], hint: str = "") -> SaferlError:
     """An error for an unknown name that offers the nearest valid one.
 
@@ -21,7 +28,5 @@ def unknown(kind: str, name: str, valid: Iterable[str], hint: str = "") -> Safer
     "unknown agent 'cqll': did you mean 'cql'? Valid: bc, cql"
     """
     valid = sorted(valid)
-    close = difflib.get_close_matches(name.lower(), valid, n=1, cutoff=0.5)
-    guess = f"did you mean {close[0]!r}? " if close else ""
-    listing = ", ".join(valid) if len(valid) <= 30 else ", ".join(valid[:30]) + ", …"
-    return SaferlError(f"unknown {kind} {name!r}: {guess}{hint or 'Valid: ' + listing}".rstrip())
+    listing = "Valid: " + ", ".join(valid[:30]) + (", …" if len(valid) > 30 else "")
+    return SaferlError(f"unknown {kind} {name!r}: {nearest(name, valid)}{hint or listing}".rstrip())

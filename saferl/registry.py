@@ -11,6 +11,7 @@ Nothing is imported before it is asked for.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
@@ -80,29 +81,31 @@ def _load_environment_plugins() -> None:
 def make_env(env: str | Callable[[], Any]) -> Any:
     """A gymnasium environment from its id, or from a function without arguments that makes one.
 
-    Gymnasium loads no plug-ins by itself: packages that declare the entry-point group
+    Gymnasium 1.x loads no plug-ins by itself: packages that declare the entry-point group
     ``gymnasium.envs`` (saferl's own tasks among them) are registered here, once.
 
     Raises:
         SaferlError: no environment has that id (naming the nearest), or it cannot be made.
     """
-    if callable(env):
+    if not isinstance(env, str):
         return env()
     import gymnasium
 
     _load_environment_plugins()
     if env not in gymnasium.registry and ":" not in env:
-        raise unknown(
-            "environment", env, gymnasium.registry, hint="`saferl list` shows saferl's own"
-        )
+        raise unknown("environment", env, gymnasium.registry, hint="`saferl list` shows our own")
     try:
-        return gymnasium.make(env)
+        with warnings.catch_warnings():
+            # D4RL's scores are defined on the -v4 robots: that v5 exists is no reason to warn.
+            warnings.filterwarnings("ignore", ".*out of date.*", DeprecationWarning)
+            return gymnasium.make(env, disable_env_checker=True)
     except (gymnasium.error.Error, ImportError) as error:
-        raise SaferlError(f"environment {env!r} cannot be made: {error}") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SaferlError(f"cannot make environment {env!r}: {reason}") from error
 
 
 def environment_ids() -> list[str]:
-    """Ids of plug-in environments (those with a namespace, such as ``saferl/HopperVelocity-v0``)."""
+    """Ids of environments with a namespace (``saferl/HopperVelocity-v0``), as plug-ins have."""
     import gymnasium
 
     _load_environment_plugins()

@@ -12,7 +12,7 @@ from typing import Any
 
 from saferl import registry
 from saferl.data.dataset import Card, Dataset
-from saferl.errors import SaferlError
+from saferl.errors import SaferlError, nearest
 
 __all__ = ["Card", "Dataset", "load_dataset"]
 
@@ -62,7 +62,6 @@ def load_dataset(id_or_path: str | Path, **options: Any) -> Dataset:
 def _without_family(name: str) -> SaferlError:
     """An id without its family: most often a D4RL or DSRL name as papers print it."""
     from saferl.data import d4rl, dsrl
-    from saferl.data.validate import nearest
 
     known = [*(f"d4rl/{id}" for id in d4rl.ids()), *(f"dsrl/{id}" for id in dsrl.ids())]
     guess = nearest(f"d4rl/{name}", known)

@@ -20,8 +20,7 @@ from typing import Any
 
 from saferl.data import files
 from saferl.data.dataset import Card, Dataset
-from saferl.data.validate import nearest
-from saferl.errors import SaferlError
+from saferl.errors import SaferlError, nearest
 
 
 @cache

@@ -24,6 +24,7 @@ import numpy as np
 
 from saferl.data.dataset import Card, Dataset
 from saferl.errors import SaferlError
+from saferl.io import atomic_write
 
 CONNECT_SECONDS = 4.0  # no network is told within 5 s
 READ_SECONDS = 30.0
@@ -342,11 +343,10 @@ def save(dataset: Dataset, path: Path) -> Path:
         raise SaferlError(
             f"{path} needs {dataset.nbytes / 1e6:.0f} MB but {free / 1e6:.0f} MB are free"
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+
+    def write(temporary: Path) -> None:
         if path.suffix.lower() == ".npz":
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays, card=np.array(card))
+            np.savez(temporary, **arrays, card=np.array(card))
         else:
             import h5py
 
@@ -354,7 +354,6 @@ def save(dataset: Dataset, path: Path) -> Path:
                 for name, array in arrays.items():
                     file.create_dataset(name, data=array)
                 file.attrs["saferl_card"] = card
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    atomic_write(path, write)
     return path

@@ -19,8 +19,7 @@ import numpy as np
 
 from saferl.data import files
 from saferl.data.dataset import Card, Dataset
-from saferl.data.validate import nearest
-from saferl.errors import SaferlError
+from saferl.errors import SaferlError, nearest
 
 _MAZES = [f"pointmaze/{m}{d}" for m in ("open", "umaze", "medium", "large") for d in ("", "-dense")]
 _HANDS = [

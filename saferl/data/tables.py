@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from saferl.data.dataset import Card, Dataset
-from saferl.data.validate import nearest
-from saferl.errors import SaferlError, unknown
+from saferl.errors import SaferlError, nearest, unknown
 
 MANY = ("observations", "next_observations")
 ROLES = (*MANY, "actions", "rewards", "costs", "terminals", "timeouts", "episode", "time")

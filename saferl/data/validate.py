@@ -7,8 +7,7 @@ a large dataset needs little more memory than holding it.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -92,13 +91,6 @@ def prepare(
         notes += changed
     problems += _suspicious(data, card) + cost_problems(data["costs"])
     return data, facts, notes, problems
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """``"did you mean 'x'? "`` for the valid name that is most alike, whatever the case; or ""."""
-    spellings = {text.lower(): text for text in valid}
-    close = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=0.6)
-    return f"did you mean {spellings[close[0]]!r}? " if close else ""
 
 
 # Types and shapes -------------------------------------------------------------------------------

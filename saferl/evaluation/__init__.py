@@ -11,7 +11,6 @@ from saferl.evaluation.rollout import (
     Evaluator,
     check_spaces,
     collect_transitions,
-    make_env,
     rollout,
 )
 from saferl.evaluation.statistics import bootstrap_interval, cvar, interquartile_mean, share_over
@@ -27,7 +26,6 @@ __all__ = [
     "cvar",
     "evaluate",
     "interquartile_mean",
-    "make_env",
     "rollout",
     "share_over",
     "write_report",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -31,6 +30,7 @@ from saferl.evaluation.statistics import (
     interquartile_mean,
     share_over,
 )
+from saferl.io import write_text
 
 COLUMNS = ("step", "member", "episode", "return", "cost", "length")
 CVAR_LEVEL = 0.9
@@ -152,7 +152,7 @@ class Evaluation:
         writer.writerow(COLUMNS)
         for cost, (step, member, episode, value, length) in zip(costs, zip(*columns)):
             writer.writerow([step, member, episode, repr(float(value)), cost, length])
-        write_atomically(Path(path), text.getvalue())
+        write_text(Path(path), text.getvalue())
 
     @classmethod
     def read(cls, path: str | Path) -> Evaluation:
@@ -418,14 +418,3 @@ def explanation(rows: Sequence[dict[str, Any]]) -> list[str]:
             "far as the simulator does."
         )
     return lines
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it: never half a file at ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SaferlError(f"cannot write {path}: {error.strerror or error}") from error

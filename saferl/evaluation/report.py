@@ -29,8 +29,8 @@ from saferl.evaluation.evaluate import (
     explanation,
     group_names,
     number,
-    write_atomically,
 )
+from saferl.io import write_text
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 72rem; margin: 2rem auto;
@@ -199,7 +199,7 @@ def write_report(
         + "\n".join(body)
         + "\n</body></html>\n"
     )
-    write_atomically(path, page)
+    write_text(path, page)
     return path
 
 

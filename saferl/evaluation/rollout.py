@@ -8,7 +8,6 @@ float32 the way ``gymnasium.spaces.flatten`` does.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from saferl.errors import SaferlError
+from saferl.registry import make_env
 
 Env = Any  # a gymnasium id, or a function without arguments that makes an environment
 
@@ -23,32 +23,6 @@ HORIZON = 10_000
 """Steps after which an episode is cut where neither caller nor environment sets a limit."""
 SLOTS = 128
 """Most environments an `Evaluator` keeps alive; further episodes queue for a slot."""
-
-
-def make_env(env: Env) -> Any:
-    """An environment from a gymnasium id or a factory.
-
-    Ids of packages that declare a ``gymnasium.envs`` entry point (saferl's own among them) are
-    found without an import, which gymnasium 1.x no longer does itself.
-    """
-    if not isinstance(env, str):
-        return env()
-    import gymnasium
-    from gymnasium.envs.registration import registry
-
-    try:
-        if env not in registry and ":" not in env:
-            from importlib.metadata import entry_points
-
-            plugin = env.split("/")[0] if "/" in env else "__root__"
-            for entry in entry_points(group="gymnasium.envs", name=plugin):
-                entry.load()()
-        with warnings.catch_warnings():
-            # D4RL's scores are defined on the -v4 robots: that v5 exists is no reason to warn.
-            warnings.filterwarnings("ignore", ".*out of date.*", DeprecationWarning)
-            return gymnasium.make(env, disable_env_checker=True)
-    except (gymnasium.error.Error, ImportError) as error:
-        raise SaferlError(f"cannot make environment {env!r}: {_one_line(error)}") from error
 
 
 def check_spaces(env: Env, spec: Any) -> None:

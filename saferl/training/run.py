@@ -10,8 +10,6 @@ import csv
 import errno
 import io
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +18,10 @@ import yaml
 from torch import Tensor
 
 from saferl.errors import SaferlError
+from saferl.io import atomic_write, write_text
 
+ADVICE = "earlier files are intact: free space, then continue with `saferl train --resume RUN`"
 KEPT_CHECKPOINTS = 2  # the last and, should the disk lose it, the one before
-
-
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write(temporary)``, sync, rename to ``path``; nothing is left behind on failure.
-
-    Raises:
-        SaferlError: the disk is full or not writable; what was at ``path`` before is still there.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
-        raise SaferlError(
-            f"cannot write {path}: {reason}; earlier files are intact: free space, then continue "
-            "with `saferl train --resume RUN`"
-        ) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    atomic_write(path, lambda temporary: temporary.write_text(text))
 
 
 class RunFolder:
@@ -119,7 +91,7 @@ class RunFolder:
                 full = "No space left" in text or "os error 28" in text
                 raise OSError(errno.ENOSPC if full else errno.EIO, text) from error
 
-        atomic_write(self._checkpoint(step), write)
+        atomic_write(self._checkpoint(step), write, ADVICE)
         for old in self.steps()[:-KEPT_CHECKPOINTS]:
             self._checkpoint(old).unlink()
 
@@ -179,7 +151,7 @@ class MetricsLog:
             writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-            write_text(self.path, text.getvalue())
+            write_text(self.path, text.getvalue(), ADVICE)
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
             for member in range(len(self.members)):

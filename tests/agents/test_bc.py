@@ -86,16 +86,3 @@ def test_best_fraction_outside_its_range_is_an_error(fraction):
     cls = agent_class("bc")
     with pytest.raises(SaferlError, match=r"best_fraction = .* is not in \(0, 1\]"):
         cls.prepare(episodes([1, 2]), cls.make_config({"best_fraction": fraction}))
-
-
-def test_best_fraction_needs_episodes_that_end():
-    cls = agent_class("bc")
-    dataset = episodes([]).subset(1)
-    assert len(dataset) == 1
-    endless = Dataset.from_arrays(
-        np.zeros((4, 1)), np.zeros((4, 1)), np.zeros(4), np.zeros(4, bool), np.zeros(4, bool),
-        np.zeros((4, 1)), action_low=(-1.0,), action_high=(1.0,), id="endless",
-    )  # fmt: skip
-    assert len(endless.episodes) == 0
-    with pytest.raises(SaferlError, match="complete episodes, but the dataset has none"):
-        cls.prepare(endless, cls.make_config({"best_fraction": 0.5}))

@@ -7,7 +7,8 @@ import torch
 from gymnasium import spaces
 
 from saferl.errors import SaferlError
-from saferl.evaluation import Evaluator, check_spaces, collect_transitions, make_env, rollout
+from saferl.evaluation import Evaluator, check_spaces, collect_transitions, rollout
+from saferl.registry import make_env
 from saferl.rng import MemberRandom
 from saferl.spec import Spec
 
@@ -243,7 +244,7 @@ def test_spaces_are_compared_with_what_the_policy_was_trained_on():
     policy.spec = Spec(2, 2)
     with pytest.raises(SaferlError, match=r"takes 1 continuous .* gives 2 continuous"):
         rollout(policy, Count, 1)
-    with pytest.raises(SaferlError, match="cannot make environment 'Nowhere-v0'"):
+    with pytest.raises(SaferlError, match="unknown environment 'Nowhere-v0'"):
         make_env("Nowhere-v0")
 
 

@@ -17,7 +17,6 @@ import torch
 
 import saferl
 from saferl.errors import SaferlError
-from saferl.training import run as run_module
 from saferl.training.run import RunFolder
 from saferl.training.train import _Loop
 from tests.conftest import PointEnv, point_dataset
@@ -232,13 +231,3 @@ def test_a_used_folder_is_not_overwritten(point, tmp_path):
 def test_divergence_is_told(point, tmp_path):
     with np.errstate(all="ignore"), pytest.raises(SaferlError, match="is not finite at step"):
         quick(point, tmp_path / "run", settings=TINY | {"critic_lr": 1e30}, steps=200, env=ENV)
-
-
-def test_nothing_is_left_of_a_failed_write(tmp_path):
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError(errno.EACCES, "Permission denied")
-
-    with pytest.raises(SaferlError, match="Permission denied"):
-        run_module.atomic_write(tmp_path / "file", fail)
-    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,39 @@
+"""Writing files so that a crash or a full disk never leaves half of one."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from saferl.errors import SaferlError
+
+
+def atomic_write(path: Path, write: Callable[[Path], object], advice: str = "") -> None:
+    """Call ``write(temporary)``, sync, rename to ``path``; nothing is left behind on failure.
+
+    Args:
+        advice: what the user can do if it fails, the end of the error's line.
+
+    Raises:
+        SaferlError: the disk is full or not writable; what was at ``path`` before is still there.
+    """
+    # The suffix stays last: some writers choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
+        advice = advice or "choose a folder that can be written to and has room"
+        raise SaferlError(f"cannot write {path}: {reason}; {advice}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, advice: str = "") -> None:
+    """`atomic_write` of a text file."""
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), advice)
