@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from saferl.agents.sac import SAC, SACConfig
 from safetensors.torch import save_file
 
+from saferl.agents.sac import SAC, SACConfig
 from saferl.registry import make_env
 from saferl.spec import Spec
 from saferl.training.engine import OnlineEngine

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from saferl.envs import bundled
 from safetensors.torch import load_file, save_file
 
+from saferl.envs import bundled
 from saferl.evaluation.rollout import collect_transitions
 
 PENALTIES = [0.0, 1.0, 2.0, 4.0]  # of the members of a snapshot, in make_behaviours.py
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("snapshots", type=Path)
     parser.add_argument("robots", nargs="+", choices=sorted(bundled.ROBOTS))
-    parser.add_argument("--episodes", type=int, default=3)
+    parser.add_argument("--episodes", type=int, default=5)
     parser.add_argument("--spread", type=int, default=12)
     parser.add_argument("--last", type=int, help="ignore snapshots after this step")
     options = parser.parse_args()
@@ -120,6 +120,7 @@ def main() -> None:
             {key: tensor[stack].contiguous() for key, tensor in weights.items()},
             target / f"{robot}.safetensors",
         )
+        (target / f"{robot}.safetensors").chmod(0o644)  # save_file makes it private
         share = (1 - RANDOM_SHARE) / len(chosen)
         mixed = [{"policy": stack.index(i), "share": round(share, 6)} for i in chosen]
         manifest["robots"][robot] = {

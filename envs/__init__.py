@@ -12,6 +12,19 @@ declares the same entry point) through the entry-point group ``gymnasium.envs``.
 
 from __future__ import annotations
 
+from gymnasium.envs.registration import register, registry
+
+from .wrappers import CostWrapper, SixValueAdapter, adapt_cost
+
+__all__ = [
+    "HORIZON",
+    "VELOCITY_THRESHOLDS",
+    "CostWrapper",
+    "SixValueAdapter",
+    "adapt_cost",
+    "register_envs",
+]
+
 HORIZON = 1000
 """Steps after which an episode of the velocity tasks is truncated."""
 
@@ -27,19 +40,18 @@ VELOCITY_THRESHOLDS = {
 
 
 def register_envs() -> None:
-    """Register ``saferl/HopperVelocity-v0`` and its five siblings with gymnasium.
+    """Register ``saferl/HopperVelocity-v0`` and its siblings with gymnasium.
 
     Only names are stored: the simulator is imported by ``gymnasium.make``. Calling it again, or
     from gymnasium's ``namespace`` context as older versions do, changes nothing.
     """
-    from gymnasium.envs.registration import register, registry
-
-    for robot in VELOCITY_THRESHOLDS:
-        name = f"saferl/{robot}Velocity-v0"
-        if name not in registry:
+    tasks = {f"{robot}Velocity": f"velocity:{robot}VelocityEnv" for robot in VELOCITY_THRESHOLDS}
+    tasks["D4RLAnt"] = "d4rl:D4RLAntEnv"
+    for name, home in tasks.items():
+        if f"saferl/{name}-v0" not in registry:
             register(
-                id=name,
-                entry_point=f"saferl.envs.velocity:{robot}VelocityEnv",
+                id=f"saferl/{name}-v0",
+                entry_point=f"saferl.envs.{home}",
                 max_episode_steps=HORIZON,
             )
 

@@ -32,6 +32,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -42,12 +43,15 @@ import numpy as np
 
 from saferl.data import Card, Dataset
 from saferl.errors import SaferlError, unknown
+from saferl.io import atomic_write
 
 from . import HORIZON
 
 BEHAVIOURS = Path(__file__).parent / "behaviours"
 SIZE = 100_000
 """Transitions of a dataset whose size is not given."""
+
+ADVICE = "set SAFERL_DATA_DIR to a folder that you may write to, with room for the data"
 
 LEVELS = ("random", "medium", "expert", "mixed")
 
@@ -127,14 +131,12 @@ def load(
     path = _cache_folder() / f"{name}-{size}-seed{seed}.npz"
     dataset = _read(path, recipe, card)
     if dataset is None:
-        temporary = _claim(path)  # first: a minute's work is not lost to a folder that is read-only
-        try:
-            arrays = _generate(recipe, sys.stderr.isatty() if progress is None else progress)
-            dataset = Dataset.from_arrays(**arrays, card=card)
-            meta = {"recipe": recipe, "fingerprint": dataset.fingerprint, "made_with": _versions()}
-            _store(temporary, path, {"meta": json.dumps(meta), **arrays})
-        finally:
-            temporary.unlink(missing_ok=True)
+        _check_writable(path)  # before, not after a minute's work
+        arrays = _generate(recipe, sys.stderr.isatty() if progress is None else progress)
+        dataset = Dataset.from_arrays(**arrays, card=card)
+        meta = {"recipe": recipe, "fingerprint": dataset.fingerprint, "made_with": _versions()}
+        content = {"meta": json.dumps(meta), **arrays}
+        atomic_write(path, lambda temporary: np.savez(temporary, **content), ADVICE)
     if not clip and changed == card:
         return dataset
     arrays = {field: getattr(dataset, field) for field in Dataset.FIELDS}
@@ -359,29 +361,9 @@ def _read(path: Path, recipe: dict[str, Any], card: Card) -> Dataset | None:
     return None
 
 
-def _claim(path: Path) -> Path:
-    """An empty temporary file beside ``path``."""
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
+def _check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise _unwritable(path, error) from error
-    return temporary
-
-
-def _store(temporary: Path, path: Path, content: dict[str, Any]) -> None:
-    """Write an archive to the temporary file and let that take the place of ``path``."""
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> SaferlError:
-    return SaferlError(
-        f"cannot write {path} ({error.strerror or error}): set SAFERL_DATA_DIR to a folder that "
-        "you may write to, with room for it"
-    )
+        raise SaferlError(f"cannot write {path}: {error.strerror or error}; {ADVICE}") from error

@@ -20,8 +20,8 @@ from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
 from gymnasium.envs.mujoco.humanoid_v4 import HumanoidEnv
 from gymnasium.envs.mujoco.swimmer_v4 import SwimmerEnv
 from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
-from saferl.envs import VELOCITY_THRESHOLDS
 
+from saferl.envs import VELOCITY_THRESHOLDS
 from saferl.errors import SaferlError
 
 

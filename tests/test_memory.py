@@ -26,7 +26,8 @@ dataset = saferl.load_dataset(sys.argv[1])
 agent = make_agent("td3_bc", dataset)
 buffer = ReplayBuffer.from_dataset(dataset, agent.spec, [0])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-floats = sum(getattr(dataset, n).size for n in dataset.FIELDS if getattr(dataset, n) is not None) * 4
+arrays = [getattr(dataset, name) for name in dataset.FIELDS]
+floats = sum(array.size for array in arrays if array is not None) * 4
 print(json.dumps({"floats": floats, "buffer": buffer.rows.nbytes, "peak": peak - base}))
 """
 

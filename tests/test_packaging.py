@@ -1,4 +1,4 @@
-"""What is installed is what lies in the folders, and imports stay as light as they are said to be."""
+"""What is installed is what lies in the folders, and imports stay as light as is said."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_the_core_never_names_agents_or_environments():
 @pytest.mark.slow
 def test_wheel_and_sdist_work_from_another_folder(tmp_path):
     """Both build; the sdist holds what the wheel needs; the wheel's code trains from elsewhere."""
-    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), "."],
-                   cwd=ROOT, check=True, capture_output=True)  # fmt: skip
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), "."]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     assert len(list(tmp_path.glob("saferl-*.tar.gz"))) == 1
     (wheel,) = tmp_path.glob("saferl-*.whl")
     site = tmp_path / "site"

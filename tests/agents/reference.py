@@ -1,7 +1,8 @@
 """What the golden tests of agents share: plain networks of one member, and comparisons.
 
-A reference is written from the equations with ``torch.nn.functional`` and ordinary autograd, for one
-member and one critic at a time, in float64. It shares no code with the agents but the random stream.
+A reference is written from the equations with ``torch.nn.functional`` and ordinary autograd, for
+one member and one critic at a time, in float64. It shares no code with the agents but the random
+stream.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from saferl.registry import agent_class
 from saferl.spec import Spec
 
 MEMBERS = (5, 6)  # seeds
-O, A, B = 3, 2, 7  # observation and action components, rows
+OBS, A, B = 3, 2, 7  # observation and action components, rows
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def make(name: str, members=MEMBERS, **settings):
     """A small agent; ``settings`` are its configuration."""
     cls = agent_class(name)
     bounds = () if cls.discrete else (1.0,) * A
-    spec = Spec(O, 4 if cls.discrete else A, cls.discrete, tuple(-b for b in bounds), bounds)
+    spec = Spec(OBS, 4 if cls.discrete else A, cls.discrete, tuple(-b for b in bounds), bounds)
     return cls(spec, cls.make_config({"hidden": [8, 8]} | settings), members)
 
 
@@ -44,7 +45,7 @@ def make_batch(agent, seed: int = 0, rows: int = B, costs: bool = False) -> Batc
         return torch.randn(*shape, *tail, generator=random)
 
     return Batch(
-        observations=normal(O),
+        observations=normal(OBS),
         actions=(
             torch.randint(agent.spec.action_dim, shape, generator=random)
             if agent.discrete
@@ -52,7 +53,7 @@ def make_batch(agent, seed: int = 0, rows: int = B, costs: bool = False) -> Batc
         ),
         rewards=normal(),
         costs=normal().abs() if costs else None,
-        next_observations=normal(O),
+        next_observations=normal(OBS),
         terminals=(torch.rand(shape, generator=random) < 1 / 3).to(torch.get_default_dtype()),
     )
 
@@ -139,9 +140,7 @@ def affected(name: str, before: dict, after: dict, updates: int = 1, **common) -
         results.append(gradients(agent))
     one, two = results
     assert one.keys() == two.keys()
-    return {
-        key for key in one if any(not torch.equal(a, b) for a, b in zip(one[key], two[key]))
-    }
+    return {key for key in one if any(not torch.equal(a, b) for a, b in zip(one[key], two[key]))}
 
 
 def moved(agent, batch: Batch) -> set[str]:

@@ -161,7 +161,7 @@ SWITCHES = {
     "max and entropy backup": {"max_backup": True, "entropy_backup": True},
     "no importance sampling": {"importance_sampling": False},
     "temperature": {"temperature": 2.5},
-    "clipped gap": {"gap_min": 4.0, "gap_max": 5.0},
+    "clipped gap": {"gap_min": 3.05, "gap_max": 3.3},
     "cloning first": {"bc_steps": 2},
     "fixed entropy": {"automatic_entropy": False, "entropy_multiplier": 0.3},
     "entropy": {"target_entropy": -0.5, "entropy_multiplier": 0.7},
@@ -201,11 +201,11 @@ def one_dimensional(samples: int):
     cls = agent_class("cql")
     spec = Spec(1, 1, action_low=(-1.0,), action_high=(1.0,))
     settings = {"hidden": [8], "critic_hidden": [16], "critics": 1, "samples": samples,
-                "orthogonal_init": False}  # fmt: skip
+                "orthogonal_init": False, "log_std_offset": 0.0}  # fmt: skip
     agent = cls(spec, cls.make_config(settings), (3,))
     with torch.no_grad():
         agent.critic.mlp.weights[0] *= 3
-        agent.critic.mlp.weights[1] *= 400
+        agent.critic.mlp.weights[1] *= 150
     return agent
 
 
@@ -311,7 +311,7 @@ def test_uniform_actions_span_the_whole_range(monkeypatch):
 
 
 def test_initial_networks():
-    """Critics are orthogonal with gains √2 and 0.01, the actor is torch's with a small last layer."""
+    """Critics: orthogonal, gains √2 and 0.01. Actor: torch's own with a small last layer."""
     agent = cql(hidden=[8, 8])
     for e in range(2):
         weights = [w[0, e] for w in agent.critic.mlp.weights]

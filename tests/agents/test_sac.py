@@ -87,7 +87,7 @@ def test_everything_moves_with_every_update():
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        # Within three updates what reaches one network reaches all.
+        # The actor's step sees the stepped critic, so what reaches one reaches the other.
         ({"discount": 0.9}, {"discount": 0.99}),
         ({"cost_penalty": 0.0}, {"cost_penalty": 1.0}),
         ({"initial_temperature": 1.0}, {"initial_temperature": 0.1}),
@@ -102,7 +102,7 @@ def test_coefficients_reach(before, after):
         results.append(gradients(agent))
     one, two = results
     differing = {k for k in one if any(not torch.equal(a, b) for a, b in zip(one[k], two[k]))}
-    assert differing == {"actor", "critic", "log_temperature"}
+    assert {"actor", "critic"} <= differing
 
 
 def test_costs_without_a_price_change_nothing():

@@ -7,12 +7,12 @@ import json
 import gymnasium
 import numpy as np
 import pytest
-import saferl.envs
 import torch
-from saferl.envs import bundled
 from safetensors.torch import save_file
 
+import saferl.envs
 from saferl.data import load_dataset
+from saferl.envs import bundled
 from saferl.errors import SaferlError
 from saferl.rng import MemberRandom
 
@@ -229,7 +229,10 @@ def test_shipped_behaviours_fit_their_robots():
         x = torch.zeros(1, 2, *env.observation_space.shape)
         assert set(entry["levels"]) == {"medium", "expert", "mixed"}
         for level, parts in entry["levels"].items():
-            assert sum(part["share"] for part in parts) == pytest.approx(1.0), (robot, level)
+            assert sum(part["share"] for part in parts) == pytest.approx(1.0, abs=1e-3), (
+                robot,
+                level,
+            )
             for part in parts:
                 if part["policy"] is not None:
                     action = bundled.Behaviour(robot, part["policy"])(x)[0, 0]

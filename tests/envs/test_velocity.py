@@ -10,8 +10,8 @@ import gymnasium
 import mujoco
 import numpy as np
 import pytest
-import saferl.envs
 
+import saferl.envs
 from saferl.errors import SaferlError
 
 # Speed limits (m/s) and whether the speed is taken in the plane, written out a second time here.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gymnasium
 import numpy as np
 import pytest
-from saferl.envs.wrappers import CostWrapper, SixValueAdapter, adapt_cost
 
+from saferl.envs.wrappers import CostWrapper, SixValueAdapter, adapt_cost
 from saferl.errors import SaferlError
 
 
@@ -116,3 +116,17 @@ def test_five_values_pass_through_and_others_do_not():
     env.reset()
     with pytest.raises(SaferlError, match="returned 4 values: expected 5"):
         env.step(0)
+
+
+def test_d4rl_ant_is_ant_v4_with_zeros():
+    import numpy as np
+
+    from saferl.registry import make_env
+
+    ant, padded = make_env("Ant-v4"), make_env("saferl/D4RLAnt-v0")
+    assert padded.observation_space.shape == (111,) and padded.spec.max_episode_steps == 1000
+    first, _ = ant.reset(seed=3)
+    other, _ = padded.reset(seed=3)
+    action = np.full(8, 0.3, np.float32)
+    for a, b in ((first, other), (ant.step(action)[0], padded.step(action)[0])):
+        np.testing.assert_array_equal(b, np.concatenate([a, np.zeros(84)]))

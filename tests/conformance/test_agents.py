@@ -1,0 +1,223 @@
+"""What every registered agent must do, a third party's included."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from saferl.agents.base import Agent
+from saferl.data import Dataset
+from saferl.data.buffer import ReplayBuffer
+from saferl.errors import SaferlError
+from saferl.registry import agent_class, names
+from saferl.rng import MemberRandom
+from saferl.spec import Spec
+
+AGENTS = names("agents")
+SMALL = {"hidden": [8, 8], "critic_hidden": [8, 8], "samples": 2, "batch_size": 16}
+ROWS, OBS, ACT = 64, 3, 2
+
+
+@pytest.fixture(params=AGENTS)
+def cls(request) -> type[Agent]:
+    return agent_class(request.param)
+
+
+def dataset_for(cls) -> Dataset:
+    rng = np.random.default_rng(0)
+    ends = np.arange(ROWS) % 8 == 7
+    return Dataset.from_arrays(
+        rng.normal(2, 3, (ROWS, OBS)),
+        rng.integers(4, size=ROWS) if cls.discrete else rng.uniform([-2, 0], [2, 10], (ROWS, ACT)),
+        rng.normal(size=ROWS),
+        ends & (rng.random(ROWS) < 0.5),
+        ends,
+        rng.normal(2, 3, (ROWS, OBS)),
+        costs=rng.random(ROWS),
+        id="conformance",
+        **({"n_actions": 4} if cls.discrete else {"action_low": (-2, 0), "action_high": (2, 10)}),
+    )
+
+
+def make_config(cls, **settings):
+    known = {field.name for field in dataclasses.fields(cls.Config)}
+    return cls.make_config({k: v for k, v in SMALL.items() if k in known} | settings)
+
+
+class Setup:
+    """An agent with its buffer, as a run makes them."""
+
+    def __init__(self, cls, members=(5, 6, 7), **settings):
+        config = make_config(cls, **settings)
+        dataset = cls.prepare(dataset_for(cls), config)
+        self.spec = Spec.from_dataset(dataset, config)
+        self.agent = cls(self.spec, config, members)
+        self.buffer = ReplayBuffer.from_dataset(dataset, self.spec, self.agent.seeds)
+
+    def train(self, updates: int) -> dict[str, torch.Tensor]:
+        metrics = {}
+        for _ in range(updates):
+            metrics |= self.agent.update(self.buffer.sample(self.agent.config.batch_size))
+        return metrics
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {key: tensor.clone() for key, tensor in self.agent.state_dict().items()}
+
+
+def learned(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What has a member axis: all but counters and generators."""
+    return {
+        key: tensor
+        for key, tensor in state.items()
+        if key != "updates" and not key.startswith("random.") and not key.endswith(".step")
+    }
+
+
+def test_metrics_are_finite_and_one_per_member(cls):
+    setup = Setup(cls)
+    before = setup.state()
+    metrics = setup.train(4)
+    assert metrics
+    for name, value in metrics.items():
+        assert value.shape == (3,), name
+        assert torch.isfinite(value).all(), name
+        assert not value.requires_grad, name
+    after = setup.state()
+    assert setup.agent.updates == 4
+    assert all(torch.isfinite(tensor).all() for tensor in learned(after).values())
+    for m in range(3):  # every member learns
+        assert any(not torch.equal(before[k][m], after[k][m]) for k in learned(before))
+
+
+def test_seeds_decide_everything(cls):
+    one, two, other = Setup(cls), Setup(cls), Setup(cls, (8, 9, 10))
+    for setup in (one, two, other):
+        setup.train(5)
+    assert all(torch.equal(one.state()[key], tensor) for key, tensor in two.state().items())
+    for key, tensor in learned(one.state()).items():
+        if tensor.numel() > 3:
+            assert not torch.equal(tensor, other.state()[key]), key
+
+
+def test_a_member_among_others_is_that_member_alone(cls):
+    """To rounding: products of three matrices at once may sum in another order than one's."""
+    three, alone = Setup(cls), Setup(cls, (6,))
+    three.train(20)
+    alone.train(20)
+    mine = learned(alone.state())
+    for key, tensor in learned(three.state()).items():
+        torch.testing.assert_close(tensor[1], mine[key][0], rtol=1e-4, atol=1e-5, msg=key)
+    if cls.discrete:
+        return
+    rows = torch.randn(1, 50, OBS, generator=torch.Generator().manual_seed(0))
+    together = three.agent.policy()(rows.expand(3, -1, -1))
+    torch.testing.assert_close(together[1], alone.agent.policy()(rows)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_resumed_is_uninterrupted_to_the_bit(cls):
+    whole, first, second = Setup(cls), Setup(cls), Setup(cls)
+    whole.train(10)
+    first.train(5)
+    saved = first.state()
+    sampler = {k: v.clone() for k, v in first.buffer.state_dict().items()}
+    second.agent.load_state_dict(saved)
+    second.buffer.load_state_dict(sampler)
+    second.train(5)
+    expected = whole.state()
+    assert expected.keys() == second.state().keys()
+    for key, tensor in second.state().items():
+        assert torch.equal(tensor, expected[key]), key
+    first.train(5)  # loading copied: the first agent's tensors are its own still
+    for key, tensor in first.state().items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.parametrize(
+    "name,field",
+    [(name, field) for name in AGENTS for field in sorted(agent_class(name).variants)],
+)
+def test_a_value_per_member_is_a_run_of_its_own(name, field):
+    cls = agent_class(name)
+    default = float(getattr(make_config(cls), field))
+    values = [default, 0.5 * default + 0.25]
+    extra = {"lagrange": True} if field == "target_gap" else {}
+    both = Setup(cls, (5, 5), **{field: values}, **extra)
+    both.train(10)
+    states = []
+    for m, value in enumerate(values):
+        single = Setup(cls, (5,), **{field: value}, **extra)
+        single.train(10)
+        states.append(learned(single.state()))
+        for key, tensor in learned(both.state()).items():
+            torch.testing.assert_close(
+                tensor[m], states[m][key][0], rtol=1e-4, atol=1e-5, msg=f"{key} of member {m}"
+            )
+    assert any(not torch.allclose(states[0][k], states[1][k], atol=1e-4) for k in states[0])
+
+
+def test_configuration_errors_say_what_to_do(cls):
+    with pytest.raises(SaferlError, match="unknown config key 'dicsount': did you mean 'discount'"):
+        cls.make_config({"dicsount": 0.9})
+    with pytest.raises(SaferlError, match="batch_size = 'many' is not a whole number"):
+        cls.make_config({"batch_size": "many"})
+    with pytest.raises(SaferlError, match="discount = True is not a number"):
+        cls.make_config({"discount": True})
+    with pytest.raises(SaferlError, match="normalize_rewards = 1 is not true or false"):
+        cls.make_config({"normalize_rewards": 1})
+    spec = Setup(cls).spec
+    with pytest.raises(SaferlError, match="reward_scale cannot differ between members"):
+        cls(spec, make_config(cls, reward_scale=[1.0, 2.0]), 2)
+    for field in cls.variants:
+        with pytest.raises(SaferlError, match=f"{field} has 2 values for 3 members"):
+            cls(spec, make_config(cls, **{field: [0.5, 0.6]}), 3)
+
+
+def test_the_other_kind_of_action_space_is_an_error(cls):
+    wrong = Spec(OBS, 2, discrete=not cls.discrete, action_low=(-1, -1), action_high=(1, 1))
+    with pytest.raises(SaferlError, match=r"is for .* actions but the task's are"):
+        cls(wrong, make_config(cls), 1)
+
+
+def test_every_field_is_documented_and_frozen(cls):
+    config = make_config(cls)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.discount = 0.5
+    fields = {field.name for field in dataclasses.fields(cls.Config)}
+    assert cls.variants <= fields
+    assert cls.Config.__doc__ and not cls.Config.__doc__.startswith(cls.Config.__name__ + "(")
+
+
+def test_policy_maps_raw_observations_to_raw_actions(cls):
+    setup = Setup(cls, normalize_observations=True)
+    setup.train(3)
+    policy = setup.agent.policy()
+    raw = 10 * torch.randn(3, 40, OBS, generator=torch.Generator().manual_seed(1))
+    for actions in (policy(raw), policy.sample(raw, MemberRandom((5, 6, 7)))):
+        if cls.discrete:
+            assert actions.shape == (3, 40)
+            assert actions.dtype == torch.int64
+            assert 0 <= actions.min() <= actions.max() < 4
+        else:
+            assert actions.shape == (3, 40, ACT)
+            for component, (low, high) in enumerate([(-2, 2), (0, 10)]):
+                assert low - 1e-5 <= actions[..., component].min()
+                assert actions[..., component].max() <= high + 1e-5
+    assert torch.equal(policy(raw), policy(raw))
+    # The same weights on observations that were normalised before.
+    plain = dataclasses.replace(setup.spec, observation_mean=(), observation_std=())
+    inner = type(policy)(setup.agent.actor, plain, 3)
+    normalised = np.stack([setup.spec.observations(rows.numpy()) for rows in raw])
+    again = inner(torch.from_numpy(normalised))
+    torch.testing.assert_close(policy(raw), again, rtol=1e-4, atol=1e-4)
+
+
+def test_policy_follows_training(cls):
+    """The policy shares the agent's weights, so the last update is in it."""
+    setup = Setup(cls)
+    policy = setup.agent.policy()
+    before = {key: tensor.clone() for key, tensor in policy.state_dict().items()}
+    setup.train(4)
+    assert any(not torch.equal(before[k], v) for k, v in policy.state_dict().items())
