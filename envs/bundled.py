@@ -72,14 +72,14 @@ ROBOTS = {
 _IDS = {f"{robot}-velocity-{level}-v0": (robot, level) for robot in ROBOTS for level in LEVELS}
 
 
-def names() -> list[str]:
-    """Ids of the datasets whose behaviours are here, as `load_dataset` takes them."""
+def ids() -> list[str]:
+    """Names of the datasets whose behaviours are here, without their ``saferl/``."""
     try:
         robots = _manifest()["robots"]
     except (SaferlError, KeyError):
         robots = {}
     return [
-        f"saferl/{name}"
+        name
         for name, (robot, level) in _IDS.items()
         if level == "random" or level in robots.get(robot, {}).get("levels", {})
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 from saferl import __version__
@@ -253,7 +254,9 @@ def _list(options) -> None:
             for prefix in registry.names("datasets"):
                 loader = registry.dataset_loader(prefix)
                 ids = getattr(sys.modules[loader.__module__], "ids", lambda: [])()
-                print(f"  {prefix}/…  " + (", ".join(ids) if ids else ""))
+                print(f"  {prefix}/…")
+                for line in textwrap.wrap(", ".join(ids), 92, break_on_hyphens=False):
+                    print(f"      {line}")
         else:
             for name in registry.environment_ids():
                 print(f"  {name}")

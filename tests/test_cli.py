@@ -48,7 +48,7 @@ def test_bare_command_prints_help(capsys):
 
 
 MISTAKES = {
-    "dataset": (["train", "--dataset", "saferl/hoper-velocity-random-v0"], "hopper-velocity-random"),
+    "dataset": (["train", "--dataset", "saferl/hoper-velocity-random-v0"], "hopper-velocity"),
     "family": (["train", "--dataset", "d4lr/hopper-medium-v2"], "'d4rl'"),
     "d4rl id": (["train", "--dataset", "d4rl/hopper-meduim-v2"], "hopper-medium-v2"),
     "file": (["train", "--dataset", "nowhere.npz"], "no such file"),

@@ -180,16 +180,16 @@ def test_random_data_need_no_behaviours(tmp_path, monkeypatch):
     assert data.terminals[-1] or data.timeouts[-1]
     # Uniform on [-1, 1]: mean 0, variance 1/3, within five standard errors of 900 draws.
     assert abs(data.actions.mean()) < 0.1 and abs(data.actions.var() - 1 / 3) < 0.05
-    assert bundled.names() == [f"saferl/{r}-velocity-random-v0" for r in bundled.ROBOTS]
+    assert bundled.ids() == [f"{r}-velocity-random-v0" for r in bundled.ROBOTS]
     with pytest.raises(SaferlError, match=r"incomplete, reinstall saferl .*behaviours\.json"):
         load_dataset("saferl/hopper-velocity-medium-v0", size=300)
 
 
 def test_names(behaviours):
     levels = ["random", "medium", "mixed"]  # the manifest of this test has no expert
-    ours = [f"saferl/hopper-velocity-{level}-v0" for level in levels]
-    assert [name for name in bundled.names() if "hopper" in name] == ours
-    assert len(bundled.names()) == 5  # and the random data of the two other robots
+    ours = [f"hopper-velocity-{level}-v0" for level in levels]
+    assert [name for name in bundled.ids() if "hopper" in name] == ours
+    assert len(bundled.ids()) == 5  # and the random data of the two other robots
 
 
 def test_errors_say_what_to_do(behaviours, monkeypatch, tmp_path):
