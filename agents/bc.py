@@ -11,8 +11,8 @@ Discrete actions, p = softmax f(s):
 ``best_fraction`` < 1 trains on the episodes of highest return alone ("%BC", Chen et al. 2021,
 arXiv 2106.01345): the first baseline to run where some logged episodes are good from start to end.
 
-Deviations: where a trailing fragment has no end it is left out of the ranking; CORL's
-any_percent_bc does the same, and ranks by undiscounted returns too in its 10 % configurations.
+Deviations: episodes end where the dataset says so; CORL's any_percent_bc ends them at terminals and
+after 1000 steps. A trailing fragment without an end has no return and is kept only by fraction 1.
 """
 
 from __future__ import annotations

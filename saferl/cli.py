@@ -17,7 +17,7 @@ from saferl.errors import SaferlError
 DEFAULT_AGENT = "td3_bc"
 DEFAULT_DATASET = "saferl/hopper-velocity-mixed-v0"
 DEFAULT_COST_LIMIT = 40.0
-DEFAULT_STEPS = 20_000
+DEFAULT_STEPS = 10_000
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -148,6 +148,11 @@ class Reference:
         torch.testing.assert_close(agent.actor.offset[m, 0], self.offset)
         torch.testing.assert_close(agent.log_temperature[m], self.k)
         torch.testing.assert_close(agent.log_multiplier[m], self.z)
+        # Adam hides the scale of a loss with one parameter, so the gradients are compared too.
+        for own, reference in ((agent.log_temperature, self.k), (agent.log_multiplier, self.z)):
+            assert (own.grad is None) == (reference.grad is None)
+            if own.grad is not None:
+                torch.testing.assert_close(own.grad[m], reference.grad)
         for e, (critic, target) in enumerate(zip(self.critics, self.targets)):
             critic.assert_is(agent.critic.mlp, m, e)
             target.assert_is(agent.critic_target.mlp, m, e)

@@ -73,6 +73,7 @@ def test_updates_are_the_reference(float64, member, critics):
             target.follow(q, 0.1)
         actor.assert_is(agent.actor.mlp, member)
         torch.testing.assert_close(agent.log_temperature[member], log_temperature)
+        torch.testing.assert_close(agent.log_temperature.grad[member], log_temperature.grad)
         for e in range(critics):
             qs[e].assert_is(agent.critic.mlp, member, e)
             targets[e].assert_is(agent.critic_target.mlp, member, e)

@@ -121,16 +121,14 @@ def test_resumed_is_uninterrupted_to_the_bit(cls):
     whole, first, second = Setup(cls), Setup(cls), Setup(cls)
     whole.train(10)
     first.train(5)
-    saved = first.state()
-    sampler = {k: v.clone() for k, v in first.buffer.state_dict().items()}
-    second.agent.load_state_dict(saved)
-    second.buffer.load_state_dict(sampler)
+    second.agent.load_state_dict(first.agent.state_dict())
+    second.buffer.load_state_dict(first.buffer.state_dict())
     second.train(5)
     expected = whole.state()
     assert expected.keys() == second.state().keys()
     for key, tensor in second.state().items():
         assert torch.equal(tensor, expected[key]), key
-    first.train(5)  # loading copied: the first agent's tensors are its own still
+    first.train(5)  # loading copied, so the first agent has gone on from its own state
     for key, tensor in first.state().items():
         assert torch.equal(tensor, expected[key]), key
 
