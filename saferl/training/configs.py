@@ -43,11 +43,15 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def _scalar(text: str) -> Any:
-    """YAML's reading of a word, with 1e-3 as the number that YAML 1.1 takes for a string."""
+    """A number, true, false or a word; YAML 1.1 would take 1e-3 for a word."""
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
-        return text
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return {"true": True, "false": False}.get(text.lower(), text)
 
 
 @dataclasses.dataclass(frozen=True)
