@@ -23,9 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PEER = ROOT / ".venv-peers"
 PEER_PACKAGES = ("torch==2.13.0", "d3rlpy==2.8.1")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-ONE_THREAD = {
-    name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-}
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
 def peer_python(given: str | None = None) -> str:
@@ -42,7 +40,9 @@ def peer_python(given: str | None = None) -> str:
     if not done.exists():
         print(f"making {PEER} with {' and '.join(PEER_PACKAGES)}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(PEER)], check=True)
-        for package in PEER_PACKAGES:  # torch first: the pinned build, not the one d3rlpy would take
+        for (
+            package
+        ) in PEER_PACKAGES:  # torch first: the pinned build, not the one d3rlpy would take
             command = [str(python), "-m", "pip", "install", "--quiet", package]
             subprocess.run(command, check=True)
         done.touch()
@@ -156,8 +156,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([text(lines[0]), rule + "|", *map(text, lines[1:])])
 
 
-# What is equal on both sides, under our names. Sources: the papers' and both libraries' defaults for
-# D4RL locomotion where these agree; where they do not (CQL's rates and weight), d3rlpy's.
+# What is equal on both sides, under our names: the defaults for D4RL locomotion of both libraries
+# where they agree; where they do not (CQL's rates and weight, BC's rate), one value for both.
 _COMMON = {"batch_size": 256, "discount": 0.99, "normalize_observations": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "bc": _COMMON | {"lr": 3e-4},

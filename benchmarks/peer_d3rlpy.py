@@ -1,6 +1,6 @@
 """The peer's side of the benchmarks: d3rlpy 2.8.1, run by `Worker` in an environment of its own.
 
-`throughput.py` asks for `prepare` and `block`, `scores.py` for `train`. Nothing of saferl is imported.
+`throughput.py` asks for `prepare` and `block`, `scores.py` for `train`. saferl is not imported.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from typing import Any
 
 import common
 import numpy as np
+import structlog
+import torch
 
 warnings.filterwarnings("ignore")  # the peer's own deprecations are not ours to report
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+torch.set_num_threads(1)
 
 with contextlib.redirect_stderr(io.StringIO()):  # it imports gym, which prints a plea to upgrade
     import d3rlpy
-import structlog
-import torch
-from d3rlpy.algos import BCConfig, CQLConfig, IQLConfig, TD3PlusBCConfig
-from d3rlpy.dataset import MDPDataset, TransitionMiniBatch
-from d3rlpy.models.encoders import VectorEncoderFactory
-from d3rlpy.preprocessing import StandardObservationScaler
-
-torch.set_num_threads(1)
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    from d3rlpy.algos import BCConfig, CQLConfig, IQLConfig, TD3PlusBCConfig
+    from d3rlpy.dataset import MDPDataset, TransitionMiniBatch
+    from d3rlpy.models.encoders import VectorEncoderFactory
+    from d3rlpy.preprocessing import StandardObservationScaler
 
 
 def make(agent: str, settings: dict[str, Any], scaler: Any = None) -> Any:

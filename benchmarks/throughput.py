@@ -6,9 +6,9 @@ Two processes with one thread each, ours and d3rlpy's, run blocks of updates in 
 the same synthetic data with equal networks, so that whatever else the machine does meets both. An
 update is what a user waits for: drawing a batch from the replay buffer, then one gradient step.
 
-The floor is the time that the multiply-adds of an update's matrix products would take at the rate of
-a 1024³ float32 product, measured in our process in every round. Counted per network and pass of B
-rows through layers (in_l, out_l), with E networks side by side:
+The floor is the time that the multiply-adds of an update's matrix products would take at the rate
+of a 1024³ float32 product, measured in our process in every round. Counted per network and pass of
+B rows through layers (in_l, out_l), with E networks side by side:
 
     forward                        E · B · Σ_l in_l · out_l
     gradient of weights            the same
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ FLOOR_TARGETS = {"cql": 2.5}  # update / floor, at most
 
 def forward(sizes: Sequence[int], rows: int, networks: int = 1) -> int:
     """Multiply-adds of a forward pass of ``networks`` perceptrons of widths ``sizes``."""
-    return networks * rows * sum(i * o for i, o in zip(sizes[:-1], sizes[1:]))
+    return networks * rows * sum(i * o for i, o in pairwise(sizes))
 
 
 def backward_inputs(
@@ -65,7 +66,7 @@ def step(sizes: Sequence[int], rows: int, networks: int = 1) -> int:
 def multiply_adds(
     agent: str, observation_dim: int, action_dim: int, hidden: Sequence[int], batch: int = 256
 ) -> float:
-    """Multiply-adds of one update (a mean where updates alternate). Batch B, two critics, CQL N=10."""
+    """Multiply-adds of one update, a mean where updates alternate; two critics, N = 10 in CQL."""
     o, a = observation_dim, action_dim
     actor, critic, value = (o, *hidden, a), (o + a, *hidden, 1), (o, *hidden, 1)
     if agent == "bc":
@@ -230,7 +231,7 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
         agent = row["agent"]
         if agent in TARGETS:
             say(f"{agent}: d3rlpy's sample + update / ours", row["ratio"], TARGETS[agent], True)
-        say(f"{agent}: sampling / update", row["sampling_share"], SAMPLING_TARGET, False)
+            say(f"{agent}: sampling / update", row["sampling_share"], SAMPLING_TARGET, False)
         if agent in FLOOR_TARGETS:
             say(f"{agent}: update / floor", row["over_floor"], FLOOR_TARGETS[agent], False)
     return lines
@@ -305,7 +306,9 @@ def main() -> None:
         default="wall",
         help="cpu: time on the processor, for a machine that is busy with other work",
     )
-    parser.add_argument("--peer-python", help="an interpreter with d3rlpy; else .venv-peers is made")
+    parser.add_argument(
+        "--peer-python", help="an interpreter with d3rlpy; else .venv-peers is made"
+    )
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -318,9 +321,7 @@ def main() -> None:
     rows = []
     with (
         common.Worker(sys.executable, here / "throughput.py", "--serve") as ours,
-        common.Worker(
-            common.peer_python(options.peer_python), here / "peer_d3rlpy.py"
-        ) as peer,
+        common.Worker(common.peer_python(options.peer_python), here / "peer_d3rlpy.py") as peer,
     ):
         versions = {"ours": ours("versions"), "peer": peer("versions")}
         for agent in options.agents:

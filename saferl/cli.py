@@ -119,23 +119,18 @@ def _dataset_options(parser: argparse.ArgumentParser) -> None:
 
 def _machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
-    parser.add_argument(
-        "--threads", type=int, help="CPU threads of torch (default: all cores, ≤ 8)"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
 
 
-def _set_threads(count: int | None) -> None:
-    import os
-
+def _set_threads(count: int) -> None:
     import torch
 
-    if count is not None and count < 1:
+    if count < 1:
         raise SaferlError("--threads must be 1 or more")
-    torch.set_num_threads(count or min(8, os.cpu_count() or 1))
+    torch.set_num_threads(count)
 
 
 def _train(options) -> None:
-    _set_threads(options.threads)
     from saferl.training import resume, train
     from saferl.training.configs import parse_settings
 
@@ -173,6 +168,7 @@ def _train(options) -> None:
             eval_episodes=options.eval_episodes,
             log_interval=options.log_interval,
             checkpoint_interval=options.checkpoint_interval,
+            threads=options.threads,
             **common,
         )
     if not options.quiet:

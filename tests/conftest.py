@@ -17,6 +17,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def one_thread():
+    """A command that a test ran must not slow down or change those after it."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's data folders."""
     monkeypatch.setenv("SAFERL_DATA_DIR", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -59,7 +59,7 @@ MISTAKES = {
     "set": (["train", "--dataset", "point.npz", "--set", "alpha"], "KEY=VALUE"),
     "option": (["train", "--dataset", "point.npz", "--dataset-option", "horizn=3"], "'horizon'"),
     "spaces": (["train", "--dataset", "point.npz", "--env", "CartPole-v1"], "4 numbers"),
-    "threads": (["train", "--dataset", "point.npz", "--threads", "0"], "--threads"),
+    "threads": (["train", "--dataset", "point.npz", "--threads", "0"], "threads must be 1"),
     "not a run": (["evaluate", "."], "not a run folder"),
     "no run": (["report", "nowhere"], "nowhere"),
     "resume what": (["train", "--resume", "nowhere"], "not a run folder"),

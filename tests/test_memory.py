@@ -25,7 +25,8 @@ base = resident()
 dataset = saferl.load_dataset(sys.argv[1])
 agent = make_agent("td3_bc", dataset)
 buffer = ReplayBuffer.from_dataset(dataset, agent.spec, [0])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+status = open("/proc/self/status").read()  # getrusage would count the parent before exec
+peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 arrays = [getattr(dataset, name) for name in dataset.FIELDS]
 floats = sum(array.size for array in arrays if array is not None) * 4
 print(json.dumps({"floats": floats, "buffer": buffer.rows.nbytes, "peak": peak - base}))

@@ -373,8 +373,15 @@ def test_no_network_is_told_at_once_with_a_remedy(tmp_path):
 
 
 def test_a_silent_host_is_given_up(monkeypatch):
-    monkeypatch.setattr(files.socket, "create_connection", lambda *a, **k: time.sleep(30))
+    release = threading.Event()
+
+    def hang(*arguments, **options):
+        release.wait(30)
+        raise OSError("given up")
+
+    monkeypatch.setattr(files.socket, "create_connection", hang)
     assert files.unreachable("http://example.org", seconds=0.1) == "no answer within 0.1 s"
+    release.set()
 
 
 def test_damaged_and_foreign_files(tmp_path):
