@@ -106,6 +106,7 @@ class Ours:
         from saferl.data.buffer import ReplayBuffer
         from saferl.registry import agent_class
         from saferl.spec import Spec
+        from saferl.training.engine import Engine
 
         bounds = (1.0,) * data["action_dim"]
         arrays = common.synthetic(**data)
@@ -118,6 +119,7 @@ class Ours:
         spec = Spec.from_dataset(dataset, config)
         self.agent = cls(spec, config, [0])
         self.buffer = ReplayBuffer.from_dataset(dataset, spec, [0])
+        Engine(self.agent, self.buffer)  # whatever it sets up for its process holds here too
 
     def block(self, updates: int, clock: str) -> tuple[float, float]:
         """Seconds spent on sampling and on updating in ``updates`` updates."""
