@@ -17,8 +17,8 @@ import torch
 
 import saferl
 from saferl.errors import SaferlError
+from saferl.training.loop import Loop
 from saferl.training.run import RunFolder
-from saferl.training.train import _Loop
 from tests.conftest import PointEnv, point_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -98,17 +98,17 @@ def test_resumed_equals_unbroken_after_kill_9(point, tmp_path, agent):
 
 def test_interrupt_writes_a_checkpoint_and_resumes(point, tmp_path, monkeypatch, capsys):
     whole = quick(point, tmp_path / "whole", env=ENV)
-    original = _Loop._due
+    original = Loop._due
 
     def interrupt(loop, event):
         if event == "log" and loop.step == 25:
             os.kill(os.getpid(), signal.SIGINT)
         return original(loop, event)
 
-    monkeypatch.setattr(_Loop, "_due", interrupt)
+    monkeypatch.setattr(Loop, "_due", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quick(point, tmp_path / "broken", env=ENV, progress=True)
-    monkeypatch.setattr(_Loop, "_due", original)
+    monkeypatch.setattr(Loop, "_due", original)
     assert f"--resume {tmp_path / 'broken'}" in capsys.readouterr().out
     assert RunFolder(tmp_path / "broken").steps() == [24, 25]
     saferl.resume(tmp_path / "broken", dataset=point, device="cpu", progress=False)

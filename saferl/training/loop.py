@@ -1,0 +1,197 @@
+"""The loop: runs an engine from event to event, and stops only between two updates."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from saferl.errors import SaferlError
+from saferl.evaluation import Evaluation
+from saferl.training.run import MetricsLog
+
+CHUNK_SECONDS = 0.5  # between two movements of the progress bar, and to answer Ctrl-C
+EVALUATION_SEED = 10_000  # first of the seeds of evaluation episodes, apart from training's
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training leaves behind."""
+
+    path: Path  # the run folder
+    agent: Any  # the trained agent, all members
+    evaluation: Evaluation | None  # all evaluations; None where no environment is known
+
+    def policy(self):
+        """The trained policy of all members, from raw observations to raw actions."""
+        return self.agent.policy()
+
+
+class Loop:
+    """Runs an engine from event to event: read metrics, evaluate, write a checkpoint."""
+
+    def __init__(self, folder, plan, agent, engine, evaluator, say, progress):
+        self.folder, self.plan, self.names = folder, plan, tuple(plan["members"])
+        self.agent, self.engine, self.evaluator = agent, engine, evaluator
+        self.say, self.progress = say, progress
+        self.step = 0
+        self.seconds = 0.0  # training time, evaluation left out
+        self.evaluation: Evaluation | None = None
+
+    def run(self, resumed: bool) -> Run:
+        if resumed:
+            state, header = self.folder.load()
+            self._restore(state, header)
+            self.say(f"resuming {self.folder.path} at step {self.step}")
+        log = MetricsLog(self.folder, self.names, self.step if resumed else None)
+        try:
+            with stop_signals() as stopped:
+                self._train(log, stopped)
+                if stopped:
+                    self._save()
+        finally:
+            log.close()
+            self.engine.close()
+        if stopped:
+            self.say(
+                f"stopped at step {self.step}; continue with: saferl train --resume "
+                f"{self.folder.path}"
+            )
+            raise KeyboardInterrupt
+        return Run(self.folder.path, self.agent, self.evaluation)
+
+    def _train(self, log: MetricsLog, stopped: list[int]) -> None:
+        from tqdm import tqdm
+
+        total, plan = self.plan["steps"], self.plan
+        intervals = [plan[f"{event}_interval"] for event in ("log", "eval", "checkpoint")]
+        chunk = 1
+        with tqdm(
+            total=total,
+            initial=self.step,
+            desc=plan["agent"],
+            unit="step",
+            disable=not self.progress,
+            mininterval=1.0,
+        ) as bar:
+            while self.step < total and not stopped:
+                following = [(self.step // interval + 1) * interval for interval in intervals]
+                stop = min(*following, self.step + chunk, total)
+                start = time.perf_counter()
+                self.engine.run(stop - self.step)
+                seconds = time.perf_counter() - start
+                self.seconds += seconds
+                chunk = max(1, round((stop - self.step) / seconds * CHUNK_SECONDS))
+                bar.update(stop - self.step)
+                self.step = stop
+                if self._due("log"):
+                    metrics = self.engine.read()
+                    if metrics:
+                        log.write(self.step, metrics)
+                        self._watch(metrics)
+                if self._due("eval") and self.evaluator is not None:
+                    self._evaluate(bar)
+                if self._due("checkpoint"):
+                    self._save()
+
+    def _due(self, event: str) -> bool:
+        return self.step % self.plan[f"{event}_interval"] == 0 or self.step == self.plan["steps"]
+
+    def _watch(self, metrics: dict[str, np.ndarray]) -> None:
+        for name, values in metrics.items():
+            if not np.isfinite(values).all():
+                member = self.names[int(np.argmin(np.isfinite(values)))]
+                raise SaferlError(
+                    f"{name} of member {member} is not finite at step {self.step}: the last "
+                    f"checkpoint is in {self.folder.checkpoints}; lower a learning rate"
+                )
+
+    def _evaluate(self, bar) -> None:
+        episodes = self.evaluator.run(self.agent.policy(), seed=EVALUATION_SEED)
+        rows = Evaluation.from_episodes(episodes, step=self.step)
+        earlier = [] if self.evaluation is None else [self.evaluation]
+        self.evaluation = Evaluation.concatenate([*earlier, rows])
+        self.evaluation.write(self.folder.path / "evaluation.csv")
+        if self.progress:
+            returns = episodes.returns.mean()
+            cost = "" if episodes.costs is None else f", cost {episodes.costs.mean():.1f}"
+            bar.write(f"step {self.step}: mean return {returns:.1f}{cost}")
+
+    def _save(self) -> None:
+        state = {f"agent.{k}": v for k, v in self.agent.state_dict().items()}
+        state |= {f"engine.{k}": v for k, v in self.engine.state_dict().items()}
+        header = {
+            "agent": self.plan["agent"],
+            "config": self.plan["agent_config"],
+            "spec": self.agent.spec.to_dict(),
+            "seeds": self.plan["seeds"],
+            "seconds": round(self.seconds, 1),
+            "versions": versions(),
+        }
+        self.folder.save(self.step, state, header)
+
+    def _restore(self, state: dict[str, Tensor], header: dict[str, Any]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+
+        for key, recorded in (("config", "agent_config"), ("agent", "agent"), ("seeds", "seeds")):
+            if header[key] != self.plan[recorded]:
+                raise SaferlError(
+                    f"the checkpoints of {self.folder.path} were written with another {recorded} "
+                    "than its config.yaml has now: restore the file or start another run"
+                )
+        self.agent.load_state_dict(part("agent."))
+        self.engine.load_state_dict(part("engine."))
+        self.step, self.seconds = header["step"], header["seconds"]
+        file = self.folder.path / "evaluation.csv"
+        if file.exists():
+            self.evaluation = Evaluation.read(file).until(self.step)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that receives Ctrl-C or SIGTERM, so that the loop stops between two updates.
+
+    An exception in the middle of an update would leave a state that no unbroken run passes through.
+    A second Ctrl-C interrupts at once.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread can handle signals
+        return
+    previous = {
+        number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def versions() -> dict[str, str]:
+    """What the result depends on, for the record."""
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "saferl")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
