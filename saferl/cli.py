@@ -39,6 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+class _Help(argparse.HelpFormatter):
+    """Says the default of an option, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        plain = action.default in (None, False, [], argparse.SUPPRESS)
+        return (action.help or "") + ("" if plain else " (default: %(default)s)")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="saferl", description="Offline reinforcement learning with safety constraints."
@@ -51,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )
         sub.set_defaults(run=function)
         return sub
@@ -115,6 +123,23 @@ def _parser() -> argparse.ArgumentParser:
 def _dataset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset-option", action="append", default=[], metavar="KEY=VALUE",
                         help="option of the dataset's loader, e.g. size=20000")  # fmt: skip
+    parser.add_argument("--column", action="append", default=[], metavar="ROLE=NAME[,NAME]",
+                        help="column of a table, e.g. observations=age,pressure")  # fmt: skip
+
+
+def _loader_options(options) -> dict:
+    """Keyword arguments of `load_dataset` from --dataset-option and --column."""
+    from saferl.training.configs import parse_settings
+
+    values = parse_settings(options.dataset_option)
+    columns = {}
+    for text in options.column:
+        role, equals, names = text.partition("=")
+        if not equals or not role or not names:
+            raise SaferlError(f"--column {text!r} is not ROLE=NAME[,NAME]")
+        listed = names.split(",")
+        columns[role] = listed if len(listed) > 1 else listed[0]
+    return values | ({"columns": columns} if columns else {})
 
 
 def _machine(parser: argparse.ArgumentParser) -> None:
@@ -135,7 +160,7 @@ def _train(options) -> None:
     from saferl.training.configs import parse_settings
 
     settings = parse_settings(options.set)
-    data = parse_settings(options.dataset_option)
+    data = _loader_options(options)
     common = {
         "device": options.device,
         "memory_map": options.memory_map,
@@ -230,9 +255,8 @@ def _evaluate(options) -> None:
 def _inspect(options) -> None:
     from saferl.data import load_dataset
     from saferl.data.inspect import describe, plot
-    from saferl.training.configs import parse_settings
 
-    dataset = load_dataset(options.dataset, **parse_settings(options.dataset_option))
+    dataset = load_dataset(options.dataset, **_loader_options(options))
     print(describe(dataset))
     print(f"plot: {plot(dataset, options.plot)}")
 

@@ -42,6 +42,27 @@ def test_train_evaluate_report_inspect_collect(data, tmp_path, capsys):
         assert word in out
 
 
+def test_a_table_trains_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    lines = ["patient,age,pressure,dose,survived,harm"]
+    for row in range(60):
+        age, pressure = rng.normal(size=2)
+        lines.append(f"{row // 6},{age:.3f},{pressure:.3f},{rng.integers(3)},1,{row % 2}")
+    (tmp_path / "patients.csv").write_text("\n".join(lines) + "\n")
+    columns = {"observations": "age,pressure", "actions": "dose", "rewards": "survived",
+               "costs": "harm", "episode": "patient"}  # fmt: skip
+    arguments = [word for role, name in columns.items() for word in ("--column", f"{role}={name}")]
+    quick = ["--steps", "20", "--set", "hidden=8", "--cost-limit", "2", "--out", "run"]
+    command = ["train", "discrete_cql", "--dataset", "patients.csv", *arguments, *quick]
+    assert main(command) == 0
+    assert main(["train", "--resume", "run", "--steps", "30"]) == 0
+    assert main(["inspect", "patients.csv", *arguments, "--plot", "p.png"]) == 0
+    assert "10 terminal" in capsys.readouterr().out
+    assert main(["inspect", "patients.csv", "--column", "observations=agee"]) == 2
+    assert "'age'" in capsys.readouterr().err
+
+
 def test_bare_command_prints_help(capsys):
     assert main([]) == 0
     assert "train" in capsys.readouterr().out
