@@ -123,12 +123,13 @@ def now() -> str:
 
 
 def command() -> str:
-    """The command line that is running, without the machine's paths."""
+    """The command line that is running, without options that name this machine's paths."""
     arguments, skip = [], False
     for argument in sys.argv[1:]:
-        if not skip and argument != "--peer-python":
+        path = argument in ("--peer-python", "--out")
+        if not skip and not path:
             arguments.append(argument)
-        skip = argument == "--peer-python"
+        skip = path
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 

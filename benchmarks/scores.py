@@ -366,7 +366,11 @@ def main() -> None:
             "date": common.now(),
             "machine": common.machine(),
             "versions": versions,
-            "settings": {agent: common.settings_of(agent, options.hidden) for agent in STEPS},
+            "settings": {
+                agent: common.settings_of(agent, options.hidden)
+                | {"batch_size": options.batch_size}
+                for agent in STEPS
+            },
             "note": NOT_D4RL,
         }
         book.content["datasets"] |= datasets
@@ -390,11 +394,13 @@ def main() -> None:
     if failed:
         raise failed[0]
     plot(rows, options.out / f"{stem}.png")
-    print(report(rows, book.content["datasets"]))
-    below = [r for r in rows if r["difference_interval"][1] < 0]
-    print(
-        f"{len(rows) - len(below)} of {len(rows)} comparisons: not below d3rlpy beyond the interval"
+    below = sum(row["difference_interval"][1] < 0 for row in rows)
+    text = report(rows, book.content["datasets"]) + (
+        f"\nNot below d3rlpy beyond the interval: {len(rows) - below} of {len(rows)}.\n\n"
+        f"`{book.content['command']}`, {book.content['date']}.\n"
     )
+    (options.out / f"{stem}.md").write_text(text)
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -343,9 +343,12 @@ def main() -> None:
     common.write_json(options.out / "throughput.json", document)
     plot(rows, options.out / "throughput.png", f"{machine['cpu']}, {document['date']}")
     gflops = statistics.median(row["gflops"] for row in rows)
-    print(report(rows))
-    print(f"\n1024³ float32 product: {gflops:.1f} GFLOP/s on one thread of {machine['cpu']}")
-    print("\n".join(document["verdicts"]))
+    rate = f"1024³ float32 product: {gflops:.1f} GFLOP/s on one thread of {machine['cpu']}"
+    lines = "\n".join(f"- {line}" for line in document["verdicts"])
+    source = f"`{document['command']}`, {document['date']}, {options.clock} clock. {rate}."
+    text = f"{report(rows)}\n\n{source}\n\n{lines}\n"
+    (options.out / "throughput.md").write_text(text)
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ and keeps the transitions in a cache. The four levels:
 
 - random: uniformly random actions;
 - medium: a half-trained policy;
-- expert: the best policy that was trained without regard to cost;
+- expert: the policy of highest return, whatever its cost;
 - mixed: policies from slow and safe to fast and costly, with medium and random ones, so that both
   returns and costs of the episodes are spread widely.
+
+``{robot}-expert-random-{1,5,10,25,50}-v0`` hold whole episodes of the expert and the random level,
+drawn with replacement, so many per cent of the rows from the expert: see `Dataset.mix`.
 
 All policies are sampled, not their most likely action taken, as in D4RL. These are not D4RL's data,
 though the robots and the reference returns of the normalised score are.
@@ -70,6 +73,11 @@ ROBOTS = {
 }
 
 _IDS = {f"{robot}-velocity-{level}-v0": (robot, level) for robot in ROBOTS for level in LEVELS}
+_MIXTURES = {  # name → robot, expert's share of the rows
+    f"{robot}-expert-random-{percent}-v0": (robot, percent / 100)
+    for robot in ROBOTS
+    for percent in (1, 5, 10, 25, 50)
+}
 
 
 def ids() -> list[str]:
@@ -78,11 +86,12 @@ def ids() -> list[str]:
         robots = _manifest()["robots"]
     except (SaferlError, KeyError):
         robots = {}
-    return [
-        name
-        for name, (robot, level) in _IDS.items()
-        if level == "random" or level in robots.get(robot, {}).get("levels", {})
-    ]
+
+    def has(robot: str, level: str) -> bool:
+        return level == "random" or level in robots.get(robot, {}).get("levels", {})
+
+    levels = [name for name, (robot, level) in _IDS.items() if has(robot, level)]
+    return levels + [name for name, (robot, _) in _MIXTURES.items() if has(robot, "expert")]
 
 
 def load(
@@ -99,6 +108,9 @@ def load(
     and ``seed`` give the same data on one machine; other processors and versions of mujoco or torch
     round differently.
 
+    A mixture is made of ``size`` transitions of each of its two levels and has up to one episode
+    more than ``size``; expert rows come first, and exceed their share by up to one episode.
+
     Args:
         name: the id without its ``saferl/``, such as ``"hopper-velocity-mixed-v0"``.
         size: number of transitions, 100 000 by default.
@@ -114,11 +126,14 @@ def load(
         SaferlError: unknown name or card field, a size below 1, behaviours that are missing or
             damaged, or a cache folder that cannot be written.
     """
-    if name not in _IDS:
-        raise unknown("saferl dataset", name, _IDS)
+    if name not in _IDS and name not in _MIXTURES:
+        raise unknown("saferl dataset", name, [*_IDS, *_MIXTURES])
     size = SIZE if size is None else _whole("size", size, 1)
     seed = _whole("seed", seed, 0)
-    card, clip = _card(name), overrides.pop("clip_actions", False)
+    clip = overrides.pop("clip_actions", False)
+    if name in _MIXTURES:
+        return _mixture(name, size, seed, progress, clip, overrides)
+    card = _card(name)
     changed = card.replace(**overrides)
 
     recipe = {
@@ -141,6 +156,31 @@ def load(
         return dataset
     arrays = {field: getattr(dataset, field) for field in Dataset.FIELDS}
     return Dataset.from_arrays(**arrays, card=changed, clip_actions=clip)
+
+
+def _mixture(
+    name: str, size: int, seed: int, progress: bool | None, clip: bool, overrides: dict[str, Any]
+) -> Dataset:
+    """Episodes of the expert and the random level; both are cached, their mixture is not."""
+    robot, share = _MIXTURES[name]
+    good, bad = (f"{robot}-velocity-{level}-v0" for level in ("expert", "random"))
+    expert = _card(good)
+    card = expert.replace(
+        id=f"saferl/{name}",
+        origin=f"mixed by saferl from its own saferl/{good} and saferl/{bad}; not D4RL data",
+        notes=(
+            expert.notes[0],
+            "whole episodes, drawn with replacement: the expert's until they exceed "
+            f"{share:.0%} of the size asked for, then random ones until all exceed it, in this "
+            "order (the construction of Hong et al., ICLR 2023)",
+            *(f"expert's {note}" for note in expert.notes[2:]),
+        ),
+    ).replace(**overrides)
+    sources = [load(source, size, seed, progress) for source in (good, bad)]
+    mixed = Dataset.mix(*sources, share, seed, size)
+    arrays = {field: getattr(mixed, field) for field in Dataset.FIELDS}
+    card = card.noted(mixed.card.notes[-1])  # how many rows came from the expert
+    return Dataset.from_arrays(**arrays, card=card, clip_actions=clip)
 
 
 def _whole(what: str, value: Any, least: int) -> int:

@@ -1,4 +1,4 @@
-"""Member-batched networks: perceptrons, value ensembles, actors and the exported policy."""
+"""Member-batched networks: perceptrons, value ensembles, actors, a VAE and the exported policy."""
 
 from saferl.nn.critics import DiscreteQEnsemble, QEnsemble, VEnsemble, polyak
 from saferl.nn.mlp import MLP, orthogonal, torch_default, xavier
@@ -9,9 +9,11 @@ from saferl.nn.policies import (
     Policy,
     TanhGaussianActor,
 )
+from saferl.nn.vae import VAE
 
 __all__ = [
     "MLP",
+    "VAE",
     "CategoricalActor",
     "DeterministicActor",
     "DiscreteQEnsemble",

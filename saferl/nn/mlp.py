@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saferl.nn.blocks import ManyActions
 from saferl.rng import MemberRandom
 
 # An initialiser fills one layer in torch.nn.Linear's layout: weight [out, in] and bias [out].
@@ -194,6 +195,15 @@ class MLP(nn.Module):
         weight = self._stacked(self.weights, 0, e)
         bias = self._stacked(self.biases, 0, e)
         base = torch.baddbmm(bias, self._shared(x, e), weight[:, :split])
-        hidden = _Spread.apply(base, self._shared(y.flatten(1, 2), e), weight[:, split:])
-        out = self._layers(self._activate(hidden, 0, e), 1, e)
+        if x.device.type == "cpu" and not self.scales:
+            *hidden, weight_out, bias_out = [
+                self._stacked(which, layer, e)
+                for layer in range(1, len(self.weights))
+                for which in (self.weights, self.biases)
+            ]
+            y = self._shared(y, e)
+            out = ManyActions.apply(base, y, weight[:, split:], weight_out, *hidden) + bias_out
+        else:
+            hidden = _Spread.apply(base, self._shared(y.flatten(1, 2), e), weight[:, split:])
+            out = self._layers(self._activate(hidden, 0, e), 1, e)
         return out.view(self.members, e, rows, k, -1)

@@ -84,6 +84,9 @@ STITCHERS = {
     "td3_bc": FAST | {"alpha": 10.0},
     "iql": FAST | {"value_lr": 3e-3, "expectile": 0.9, "beta": 10.0},
     "cql": FAST | {"temperature_lr": 3e-3, "critic_hidden": [32, 32], "weight": 0.3, "samples": 4},
+    "a2pr": FAST
+    | {"value_lr": 3e-3, "critic_hidden": [32, 32], "value_hidden": [32, 32]}
+    | {"vae_hidden": [32, 32]},
     "discrete_cql": {"lr": 3e-3, "tau": 0.05, "weight": 0.05},
 }
 

@@ -192,6 +192,72 @@ def test_names(behaviours):
     assert len(bundled.ids()) == 5  # and the random data of the two other robots
 
 
+SHARES = {f"expert-random-{percent}-v0": percent / 100 for percent in (1, 5, 10, 25, 50)}
+
+
+@pytest.fixture
+def expert(behaviours):
+    """The manifest of these tests, with an expert: policy 2."""
+    path = bundled.BEHAVIOURS / "behaviours.json"
+    manifest = json.loads(path.read_text())
+    manifest["robots"]["hopper"]["levels"]["expert"] = [{"policy": 2, "share": 1}]
+    path.write_text(json.dumps(manifest))
+    bundled._manifest_at.cache_clear()
+    yield
+    bundled._manifest_at.cache_clear()
+
+
+def spans(data) -> list[bytes]:
+    """Observations of each episode, to recognise it by."""
+    return [data.observations[start:stop].tobytes() for start, stop in data.episodes]
+
+
+def test_mixtures_are_episodes_of_expert_and_random(expert):
+    size = 2000
+    good, bad = (
+        load_dataset(f"saferl/hopper-velocity-{level}-v0", size=size)
+        for level in ("expert", "random")
+    )
+    known = {span: True for span in spans(good)} | {span: False for span in spans(bad)}
+    for rest, share in SHARES.items():
+        data = load_dataset(f"saferl/hopper-{rest}", size=size)
+        origin = [known[span] for span in spans(data)]  # every episode is whole and of a source
+        assert len(set(origin)) == 2 and origin == sorted(origin, reverse=True)
+        lengths = data.episode_lengths()
+        assert lengths.sum() == len(data)  # no fragment
+        rows = lengths[: sum(origin)].sum()
+        assert share * size < rows <= share * size + good.episode_lengths().max()
+        assert size < len(data) <= size + bad.episode_lengths().max()
+        card = data.card
+        assert (card.id, card.env_id) == (f"saferl/hopper-{rest}", good.card.env_id)
+        assert "not D4RL" in card.origin and "velocity-random-v0" in card.origin
+        assert any(f"{share:.0%} of the size" in note and "Hong" in note for note in card.notes)
+        assert f"{rows} of {len(data)} rows from {good.card.id}" in card.notes[-1]
+        assert any("expert's behaviours: 100% of the steps policy 2" in note for note in card.notes)
+        assert data.costs is not None and card.reference_returns == good.card.reference_returns
+
+
+def test_mixtures_repeat_and_come_from_the_cache(expert, monkeypatch):
+    name = "saferl/hopper-expert-random-25-v0"
+    first, other = load_dataset(name, size=300), load_dataset(name, size=300, seed=1)
+    assert first.fingerprint != other.fingerprint
+    with monkeypatch.context() as patch:
+        forbid_generation(patch)
+        again = load_dataset(name, size=300, horizon=500)
+        assert again.fingerprint == first.fingerprint and again.card.horizon == 500
+        with pytest.raises(SaferlError, match="did you mean 'horizon'"):
+            load_dataset(name, size=301, horizn=3)  # before anything is generated
+
+
+def test_mixtures_are_listed_where_there_is_an_expert(expert):
+    assert bundled.ids()[-5:] == [f"hopper-{rest}" for rest in SHARES]
+    assert len(bundled.ids()) == 4 + 2 + 5
+    with pytest.raises(SaferlError, match="did you mean 'hopper-expert-random-25-v0'"):
+        load_dataset("saferl/hopper-expert-random-26-v0")
+    with pytest.raises(SaferlError, match=r"incomplete, reinstall saferl .*walker2d expert"):
+        load_dataset("saferl/walker2d-expert-random-5-v0", size=100)
+
+
 def test_errors_say_what_to_do(behaviours, monkeypatch, tmp_path):
     with pytest.raises(SaferlError, match="did you mean 'hopper-velocity-mixed-v0'"):
         load_dataset("saferl/hoper-velocity-mixed-v0")

@@ -49,12 +49,33 @@ def test_files_name_fields_and_families_that_exist(agent):
         ("cql", "antmaze-umaze-v2", {"normalize_observations": False}),
         ("iql", "hopper-medium-v2", {"expectile": 0.7, "beta": 3.0, "normalize_rewards": True}),
         ("iql", "antmaze-umaze-v2", {"expectile": 0.9, "beta": 10.0, "reward_shift": -1.0}),
+        # Authors' values, and guesses beside them.
+        ("a2pr", "halfcheetah-medium-expert-v2", {"alpha": 40.0, "mask": 15.0, "discount": 0.99}),
+        ("a2pr", "halfcheetah-medium-replay-v2", {"mask": 0.8, "discount": 0.995}),
+        ("a2pr", "hopper-medium-v2", {"alpha": 2.5, "mask": 0.4, "discount": 0.995}),
+        ("a2pr", "hopper-random-v2", {"vae_weight": 1.5, "mask": 1.5, "discount": 0.995}),
+        ("a2pr", "walker2d-medium-replay-v2", {"vae_weight": 1.5, "mask": 1.2}),
+        ("a2pr", "walker2d-random-v2", {"vae_weight": 1.5, "mask": 1.5, "discount": 0.99}),
+        ("a2pr", "antmaze-umaze-v2", {"alpha": 7.5, "reward_scale": 1e4, "reward_shift": -1.0}),
+        ("a2pr", "pen-human-v1", {"alpha": 2.5, "vae_weight": 1.0, "mask": 0.5}),
         ("td3_bc", "walker2d-medium-v2", {"alpha": 2.5, "normalize_observations": True}),
     ],
 )
 def test_published_values(agent, dataset, expected):
     config = agent_class(agent).make_config(published(agent, f"d4rl/{dataset}"))
     assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_a2pr_says_which_values_are_published():
+    """The authors' values are those of ten locomotion-v2 datasets; all others are ours."""
+    document = yaml.safe_load(resources.files("saferl.configs").joinpath("a2pr.yaml").read_text())
+    authors = [f["datasets"] for f in document["families"] if f["source"].startswith("authors")]
+    ours = [f["datasets"] for f in document["families"] if f["source"].startswith("ours")]
+    assert len(authors) + len(ours) == len(document["families"])
+    assert len(authors) == 10 and all(id.endswith("-v2") for (id,) in authors)
+    assert not any("saferl/" in id for (id,) in authors)
+    for id in [f"d4rl/{id}" for id in ids()]:  # a guess or a published value for every one
+        assert any(fnmatch(id, pattern) for family in ours for pattern in family), id
 
 
 def test_parse_settings():
