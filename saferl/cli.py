@@ -182,7 +182,7 @@ def _train(options) -> None:
             options.agent,
             dataset,
             env=options.env,
-            steps=options.steps or DEFAULT_STEPS,
+            steps=DEFAULT_STEPS if options.steps is None else options.steps,
             members=options.members,
             seed=options.seed,
             cost_limits=limits,

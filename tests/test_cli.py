@@ -81,6 +81,7 @@ MISTAKES = {
     "option": (["train", "--dataset", "point.npz", "--dataset-option", "horizn=3"], "'horizon'"),
     "spaces": (["train", "--dataset", "point.npz", "--env", "CartPole-v1"], "4 numbers"),
     "threads": (["train", "--dataset", "point.npz", "--threads", "0"], "threads must be 1"),
+    "steps": (["train", "--dataset", "point.npz", "--steps", "0"], "steps must be 1"),
     "not a run": (["evaluate", "."], "not a run folder"),
     "no run": (["report", "nowhere"], "nowhere"),
     "resume what": (["train", "--resume", "nowhere"], "not a run folder"),
