@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
 import zlib
@@ -45,6 +44,7 @@ from typing import Any
 import numpy as np
 
 from saferl.data import Card, Dataset
+from saferl.data.files import data_dir
 from saferl.errors import SaferlError, unknown
 from saferl.io import atomic_write
 
@@ -143,7 +143,7 @@ def load(
         "mix": [[index, share] for index, share in _mix(*_IDS[name])],
         "behaviours": _behaviours_digest(*_IDS[name]),
     }
-    path = _cache_folder() / f"{name}-{size}-seed{seed}.npz"
+    path = data_dir("bundled") / f"{name}-{size}-seed{seed}.npz"
     dataset = _read(path, recipe, card)
     if dataset is None:
         _check_writable(path)  # before, not after a minute's work
@@ -366,11 +366,6 @@ def _apportion(size: int, shares: list[float]) -> list[int]:
 
 
 # Cache ------------------------------------------------------------------------------------------
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("SAFERL_DATA_DIR")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "saferl") / "bundled"
 
 
 def _versions() -> dict[str, str]:

@@ -17,6 +17,11 @@ from saferl.rng import MemberRandom
 from saferl.spec import Spec
 
 
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose key begins with ``prefix``, without it."""
+    return {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
+
+
 class Engine:
     """Eager updates from a fixed buffer."""
 
@@ -51,12 +56,9 @@ class Engine:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-
-        self.buffer.load_state_dict(part("buffer."))
-        self._sums = {k: v.to(self.agent.device) for k, v in part("sum.").items()}
-        self._counts = {k: int(v) for k, v in part("count.").items()}
+        self.buffer.load_state_dict(part(state, "buffer."))
+        self._sums = {k: v.to(self.agent.device) for k, v in part(state, "sum.").items()}
+        self._counts = {k: int(v) for k, v in part(state, "count.").items()}
 
     def close(self) -> None:
         """Release what the engine holds besides memory."""

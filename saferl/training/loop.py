@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saferl.errors import SaferlError
 from saferl.evaluation import Evaluation
+from saferl.training.engine import part
 from saferl.training.run import MetricsLog
 
 CHUNK_SECONDS = 0.5  # between two movements of the progress bar, and to answer Ctrl-C
@@ -141,17 +142,14 @@ class Loop:
         self.folder.save(self.step, state, header)
 
     def _restore(self, state: dict[str, Tensor], header: dict[str, Any]) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-
         for key, recorded in (("config", "agent_config"), ("agent", "agent"), ("seeds", "seeds")):
             if header[key] != self.plan[recorded]:
                 raise SaferlError(
                     f"the checkpoints of {self.folder.path} were written with another {recorded} "
                     "than its config.yaml has now: restore the file or start another run"
                 )
-        self.agent.load_state_dict(part("agent."))
-        self.engine.load_state_dict(part("engine."))
+        self.agent.load_state_dict(part(state, "agent."))
+        self.engine.load_state_dict(part(state, "engine."))
         self.step, self.seconds = header["step"], header["seconds"]
         file = self.folder.path / "evaluation.csv"
         if file.exists():

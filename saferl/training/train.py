@@ -18,7 +18,7 @@ from saferl.evaluation import Evaluator, check_limit
 from saferl.registry import agent_class, make_env
 from saferl.spec import Spec
 from saferl.training.configs import published, resolve
-from saferl.training.engine import Engine, OnlineEngine
+from saferl.training.engine import Engine, OnlineEngine, part
 from saferl.training.loop import Loop, Run
 from saferl.training.run import RunFolder
 
@@ -266,7 +266,7 @@ def load_agent(run: str | Path, step: int | None = None, device: str = "cpu"):
     cls = agent_class(header["agent"])
     config = cls.make_config(header["config"])
     agent = cls(Spec.from_dict(header["spec"]), config, header["seeds"], pick_device(device))
-    agent.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("agent.")})
+    agent.load_state_dict(part(state, "agent."))
     return agent
 
 
