@@ -27,8 +27,24 @@ The authors' code (ltlhuuu/A2PR), followed here, is the complete specification. 
 the cloning gradient of its rows is 2 κ (p - ã) (I - ∂ã/∂p), which pulls p towards what the VAE
 reproduces rather than to ã.
 
-Deviations: none known from that code. Switches it has not: ``guidance`` and ``advantage_threshold``
-(ε_A, which the paper has and the code sets to 0).
+Under a cost limit (``cost_limit``; our extension, not the authors'), P takes the place of Q_1 in
+every advantage and in the actor's value term; agents/costs.py has Qc, y_c, J and the multiplier ρ:
+
+    P(s, ·) = (Q_1(s, ·) - ρ k Qc(s, ·)) / (1 + ρ),   Qc = max_e Qc_e,   k as there
+    after 1.  L_Qc = Σ_e mean (Qc_e(s, a) - y_c)²                          step Qc; same a'
+    after 2.  L_Vc = mean (Vc(s) - max(y_c, y_c,on))²                      step Vc; Qc stepped
+              v = (V(s) - ρ k Vc(s)) / (1 + ρ)                             before V's and Vc's steps
+    in 4.     λ = α (1 + ρ) / mean (|Q_1(s, p)| + ρ k |Qc(s, p)|)
+    after 4.  step ρ on J = mean Qc(s, p)
+
+An advantage must compare like with like, so the baseline of P is V with its counterpart for costs,
+regressed as pessimistically (V on the smaller of two targets, Vc on the larger), and not one V of
+the penalised reward: that one would lag behind every move of ρ, and shift all advantages of a batch
+to one side while it does. λ divides by sizes that cannot cancel, where |P| would be small wherever
+both terms are large. At ρ = 0 both are A2PR's own; without a limit nothing of this is computed.
+
+Deviations: without a limit, none known from that code. Switches it has not: ``guidance`` and
+``advantage_threshold`` (ε_A, which the paper has and the code sets to 0).
 """
 
 from __future__ import annotations
@@ -43,13 +59,14 @@ from saferl.errors import unknown
 from saferl.nn import VAE, DeterministicActor, QEnsemble, VEnsemble, polyak
 from saferl.rng import MemberRandom
 
-from .base import Agent, AgentConfig, Metrics
+from .base import Agent, Metrics
+from .costs import CostConfig, CostLimited, Weights
 
 GUIDANCE = ("reconstruction", "prior", "data")
 
 
 @dataclass(frozen=True)
-class A2PRConfig(AgentConfig):
+class A2PRConfig(CostConfig):
     """Defaults: those of the authors' command line; their values per dataset are in configs/."""
 
     hidden: tuple[int, ...] = (256, 256, 256)  # units of the actor's hidden layers
@@ -73,9 +90,11 @@ class A2PRConfig(AgentConfig):
     tau: float = 0.005  # Polyak rate of the targets per actor update
 
 
-class A2PR(Agent):
+class A2PR(CostLimited, Agent):
     Config = A2PRConfig
-    variants = frozenset({"alpha", "mask", "vae_weight", "discount"})
+    variants = frozenset(
+        {"alpha", "mask", "vae_weight", "discount", "cost_limit", "cost_discount", "multiplier_lr"}
+    )
 
     def build(self, init: MemberRandom) -> None:
         c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim
@@ -91,10 +110,17 @@ class A2PR(Agent):
         self.critic_optimizer = self.adam(self.critic, lr=c.critic_lr)
         self.value_optimizer = self.adam(self.value, lr=c.value_lr)
         self.vae_optimizer = self.adam(self.vae, lr=c.vae_lr)
+        self.build_costs(init, c.critic_hidden, c.critic_lr)
+        if self.constraint is not None:
+            self.cost_value = VEnsemble(init, o, c.value_hidden)
+            self.cost_value_optimizer = self.adam(self.cost_value, lr=c.value_lr)
 
-    def update(self, batch: Batch) -> Metrics:
+    def pattern(self, update: int) -> bool:
+        """Whether actor and targets are stepped."""
+        return update % self.config.policy_interval == 0
+
+    def learn(self, batch: Batch) -> Metrics:
         c = self.config
-        self.updates += 1
         s, a = batch.observations, batch.actions
         with torch.no_grad():
             noise = (self.random.normal(*a.shape[1:]) * c.policy_noise).clamp_(
@@ -117,6 +143,13 @@ class A2PR(Agent):
         self.minimise(self.value_optimizer, value_loss)
         v = v.detach()  # before V's step
 
+        weights, cost_metrics = None, {}
+        if self.constraint is not None:
+            data_cost, cost_v, cost_metrics = self.learn_cost_values(batch, next_actions)
+            weights = self.constraint.weights(data_q)
+            data_q = penalise(data_q, data_cost, weights)
+            v = penalise(v, cost_v, weights)
+
         advantageous = data_q - v > c.advantage_threshold
         decoded, mean, log_std = self.vae(s, a, self._latent_noise(s))
         error = (advantageous.unsqueeze(-1) * (decoded - a).square()).mean((1, 2))
@@ -130,13 +163,18 @@ class A2PR(Agent):
             "q": q.detach().mean((1, 2)),
             "v": v.mean(-1),
             "advantageous_share": advantageous.to(v).mean(-1),
-        }
+        } | cost_metrics
 
-        if self.updates % c.policy_interval == 0:
+        if self.now:
             proposed = self.actor(s)
-            policy_q = self.critic(s, proposed, elements=1)[:, 0]
-            weight = self.scalar("alpha", 0) / policy_q.detach().abs().mean(-1)
-            clone, gate, guided = self.guide(s, proposed, a, data_q, v)
+            policy_q = self.critic(s, proposed, elements=1, frozen=True)[:, 0]
+            size = policy_q.detach().abs()
+            if weights is not None:
+                policy_cost = self.cost_critic(s, proposed)
+                policy_q = penalise(policy_q, policy_cost, weights)
+                size = penalise(size, -policy_cost.detach().abs(), weights)
+            weight = self.scalar("alpha", 0) / size.mean(-1)
+            clone, gate, guided = self.guide(s, proposed, a, data_q, v, weights)
             cloning = (gate.unsqueeze(-1) * (proposed - clone).square()).mean((1, 2))
             actor_loss = cloning - weight * policy_q.mean(-1)
             self.minimise(self.actor_optimizer, actor_loss)
@@ -148,15 +186,40 @@ class A2PR(Agent):
                 "cloned_share": (gate > 0).to(v).mean(-1),
                 "guided_share": guided.to(v).mean(-1),
             }
+            if self.constraint is not None:
+                self.cost_critic.follow(c.tau)
+                metrics |= self.constraint.step(policy_cost.detach().mean(-1))
         return metrics
 
+    def learn_cost_values(
+        self, batch: Batch, next_actions: Tensor
+    ) -> tuple[Tensor, Tensor, Metrics]:
+        """Step Qc and Vc; Qc(s, a) after and Vc(s) before its step, each ``[M, B]``, constants."""
+        target, loss = self.learn_costs(batch, next_actions)
+        with torch.no_grad():
+            discount = self.scalar("cost_discount")
+            online = self.cost_critic.backup(batch, discount, next_actions, online=True)
+            data_cost = self.cost_critic(batch.observations, batch.actions)
+        v = self.cost_value(batch.observations)[:, 0]
+        value_loss = (v - torch.maximum(target, online)).square().mean(-1)
+        self.minimise(self.cost_value_optimizer, value_loss)
+        metrics = {"cost_critic_loss": loss, "cost_value_loss": value_loss.detach()}
+        return data_cost, v.detach(), metrics
+
     def guide(
-        self, observations: Tensor, proposed: Tensor, actions: Tensor, data_q: Tensor, v: Tensor
+        self,
+        observations: Tensor,
+        proposed: Tensor,
+        actions: Tensor,
+        data_q: Tensor,
+        v: Tensor,
+        weights: Weights | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the policy's actions ``[M, B, A]`` are drawn to, and how strongly.
 
         Args:
-            data_q, v: Q_1(s, a) and v, ``[M, B]``, constants.
+            data_q, v: Q_1(s, a), or P(s, a) under a limit, and v, ``[M, B]``, constants.
+            weights: those of P under a limit.
 
         Returns:
             c ``[M, B, A]``, with a gradient through ã; κ ``[M, B]``, m or 0; and whether c is ã.
@@ -174,6 +237,9 @@ class A2PR(Agent):
             candidate, _, _ = self.vae(observations, proposed, noise)
         with torch.no_grad():
             candidate_q = self.critic(observations, candidate, elements=1)[:, 0]
+            if weights is not None:
+                cost = self.cost_critic(observations, candidate)
+                candidate_q = penalise(candidate_q, cost, weights)
             advantage = candidate_q - v
             guided = advantage >= data_advantage
             gate = (cloned | (advantage >= threshold)) * self.scalar("mask")
@@ -181,3 +247,8 @@ class A2PR(Agent):
 
     def _latent_noise(self, observations: Tensor) -> Tensor:
         return self.random.normal(observations.shape[1], self.vae.latent_dim)
+
+
+def penalise(q: Tensor, cost: Tensor, weights: Weights) -> Tensor:
+    """P, or its baseline, from values of reward and of cost, each ``[M, B]``."""
+    return weights[0] * q - weights[1] * cost

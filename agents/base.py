@@ -1,15 +1,16 @@
 """The contract of an agent, and what all agents share.
 
 An agent is a class with a frozen `Config`, a `build` that makes networks and optimisers for M
-members, an `update(batch)` that is pure tensor arithmetic (no reads to the host, no logging), and
-an `actor` that becomes the exported policy.
+members, a `learn(batch)` that is pure tensor arithmetic (no reads to the host, no logging), and an
+`actor` that becomes the exported policy. What an update does besides what every update does depends
+on its number through `pattern` alone, so that engines can compile or record it.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from saferl.data.buffer import Batch
 from saferl.errors import SaferlError, unknown
-from saferl.nn import Policy
+from saferl.nn import PRECISIONS, Policy, compute_in
 from saferl.rng import MemberRandom
 from saferl.spec import Spec
 
@@ -47,10 +48,13 @@ class Agent:
             per member.
         members: seeds, one per member, or a count n for the seeds 0 … n-1.
         device: where everything lives.
+        precision: of the products of networks in `update`, "fp32" or "bf16"; weights, losses and
+            the policy stay in float32.
 
     Raises:
         SaferlError: the task's action space is not the one the method is for; a per-member value
-            where none is possible; a number of values that differs from the number of members.
+            where none is possible; a number of values that differs from the number of members;
+            an unknown precision.
     """
 
     Config: ClassVar[type[AgentConfig]] = AgentConfig
@@ -65,8 +69,12 @@ class Agent:
         config: AgentConfig,
         members: int | Sequence[int] = 1,
         device: torch.device | str = "cpu",
+        precision: str = "fp32",
     ):
         self.spec, self.config = spec, config
+        if precision not in PRECISIONS:
+            raise unknown("precision", precision, PRECISIONS)
+        self.precision = precision
         self.seeds = tuple(range(members)) if isinstance(members, int) else tuple(members)
         self.members = len(self.seeds)
         self.device = torch.device(device)
@@ -89,6 +97,7 @@ class Agent:
                         f"{field.name} has {len(value)} values for {self.members} members"
                     )
         self.updates = 0
+        self.now = self.pattern(0)
         self.random = MemberRandom(self.seeds, self.device, stream=1)
         self.build(MemberRandom(self.seeds, "cpu", stream=0))
         for module in vars(self).values():
@@ -119,11 +128,28 @@ class Agent:
         """Make networks (on the CPU, from ``init``) and optimisers; set ``self.actor``."""
         raise NotImplementedError
 
-    def update(self, batch: Batch) -> Metrics:
+    def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
+        """What is learned once from the whole `Dataset` before the first update (not on resume)."""
+
+    def pattern(self, update: int) -> Hashable:
+        """What sets update number ``update`` (from 1) apart; `learn` finds it in ``self.now``.
+
+        Updates of equal pattern run the same operations.
+        """
+        return None
+
+    def learn(self, batch: Batch) -> Metrics:
         """One gradient step on a batch ``[M, B]``; metrics ``[M]`` stay on the device."""
         raise NotImplementedError
 
     # What they share.
+
+    def update(self, batch: Batch, learn: Callable[[Batch], Metrics] | None = None) -> Metrics:
+        """`learn` (or what an engine puts in its place) in the agent's precision, counted."""
+        self.updates += 1
+        self.now = self.pattern(self.updates)
+        with compute_in(PRECISIONS[self.precision]):
+            return (learn or self.learn)(batch)
 
     def policy(self) -> Policy:
         """The policy from raw observations to raw actions; shares the agent's weights."""
@@ -145,13 +171,13 @@ class Agent:
         """A frozen copy, to be moved by `polyak`."""
         return copy.deepcopy(network).requires_grad_(False)
 
-    @staticmethod
-    def adam(*networks: nn.Module | nn.Parameter, lr: float) -> torch.optim.Adam:
+    def adam(self, *networks: nn.Module | nn.Parameter, lr: float | Tensor) -> torch.optim.Adam:
         """One Adam over stacked parameters: M exact Adams, since losses are summed over members."""
         parameters: list[nn.Parameter] = []
         for network in networks:
             parameters += [network] if isinstance(network, nn.Parameter) else network.parameters()
-        return torch.optim.Adam(parameters, lr=lr, fused=True)
+        recordable = self.device.type == "cuda"  # in a CUDA graph
+        return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=recordable)
 
     @staticmethod
     def minimise(optimizer: torch.optim.Optimizer, loss: Tensor, retain: bool = False) -> None:

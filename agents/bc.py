@@ -66,8 +66,7 @@ class _Cloning(Agent):
 class BC(_Cloning):
     """Continuous actions."""
 
-    def update(self, batch: Batch) -> Metrics:
-        self.updates += 1
+    def learn(self, batch: Batch) -> Metrics:
         loss = (self.actor(batch.observations) - batch.actions).square().mean((1, 2))
         self.minimise(self.actor_optimizer, loss)
         return {"actor_loss": loss.detach()}
@@ -78,8 +77,7 @@ class DiscreteBC(_Cloning):
 
     discrete = True
 
-    def update(self, batch: Batch) -> Metrics:
-        self.updates += 1
+    def learn(self, batch: Batch) -> Metrics:
         log_prob = self.actor(batch.observations)
         loss = -log_prob.gather(-1, batch.actions[..., None]).mean((1, 2))
         self.minimise(self.actor_optimizer, loss)

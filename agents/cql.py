@@ -97,9 +97,12 @@ class CQL(Agent):
         self.temperature_optimizer = self.adam(self.log_temperature, lr=c.temperature_lr)
         self.multiplier_optimizer = self.adam(self.log_multiplier, lr=c.multiplier_lr)
 
-    def update(self, batch: Batch) -> Metrics:
+    def pattern(self, update: int) -> bool:
+        """Whether the actor clones."""
+        return update <= self.config.bc_steps
+
+    def learn(self, batch: Batch) -> Metrics:
         c = self.config
-        self.updates += 1
         rows, a = batch.rewards.shape[1], self.spec.action_dim
         # Per row: one draw for the actor, N for each proposal from π, and 1 or N for the target.
         backups = c.samples if c.max_backup else 1
@@ -161,10 +164,10 @@ class CQL(Agent):
         temperature = torch.full_like(self.log_temperature, c.entropy_multiplier)[:, None]
         if c.automatic_entropy:
             temperature = self.log_temperature.detach().exp()[:, None] * temperature
-        if self.updates <= c.bc_steps:
+        if self.now:
             objective = self.actor.density(mean, log_std, batch.actions)
         else:
-            objective = self.critic(batch.observations, actions).amin(1)
+            objective = self.critic(batch.observations, actions, frozen=True).amin(1)
         actor_loss = (temperature * log_prob - objective).mean(-1)
         entropy = -log_prob.detach().mean(-1)
         if c.automatic_entropy:

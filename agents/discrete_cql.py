@@ -69,9 +69,12 @@ class DiscreteCQL(Agent):
         index = actions[:, None, :, None, None].expand(*distribution.shape[:3], 1, 1)
         return distribution.take_along_dim(index, 3).squeeze(3)
 
-    def update(self, batch: Batch) -> Metrics:
+    def pattern(self, update: int) -> bool:
+        """Whether the targets are copied, where they are not averaged."""
+        return not self.config.tau and update % self.config.target_interval == 0
+
+    def learn(self, batch: Batch) -> Metrics:
         c = self.config
-        self.updates += 1
         with torch.no_grad():
             ahead = self.critic_target.distribution(batch.next_observations)
             chooser = self.actor if c.double else self.critic_target
@@ -88,7 +91,7 @@ class DiscreteCQL(Agent):
         self.minimise(self.critic_optimizer, loss)
         if c.tau:
             polyak(self.critic_target, self.actor, c.tau)
-        elif self.updates % c.target_interval == 0:
+        elif self.now:
             polyak(self.critic_target, self.actor, 1.0)
         return {
             "critic_loss": bellman.detach(),

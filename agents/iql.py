@@ -58,11 +58,13 @@ class IQL(Agent):
         self.critic = QEnsemble(init, o, a, c.hidden, 2)
         self.value = VEnsemble(init, o, c.hidden)
         self.critic_target = self.target_of(self.critic)
-        self.actor_optimizer = self.adam(self.actor, lr=c.actor_lr)
+        # A tensor, so that the rate can fall without the host.
+        rate = torch.tensor(c.actor_lr, device=self.device)
+        self.actor_optimizer = self.adam(self.actor, lr=rate)
         self.critic_optimizer = self.adam(self.critic, lr=c.critic_lr)
         self.value_optimizer = self.adam(self.value, lr=c.value_lr)
 
-    def update(self, batch: Batch) -> Metrics:
+    def learn(self, batch: Batch) -> Metrics:
         c = self.config
         with torch.no_grad():
             next_v = self.value(batch.next_observations)[:, 0]
@@ -89,7 +91,6 @@ class IQL(Agent):
         actor_loss = -(weight * log_prob).mean(-1)
         self._decay()
         self.minimise(self.actor_optimizer, actor_loss)
-        self.updates += 1
         return {
             "critic_loss": critic_loss.detach(),
             "value_loss": value_loss.detach(),
@@ -100,9 +101,10 @@ class IQL(Agent):
         }
 
     def _decay(self) -> None:
-        """The actor's rate for this update: a function of the counter, so nothing else is saved."""
+        """The actor's rate for this update: a function of Adam's own counter on the device."""
         steps = self.config.actor_decay_steps
-        if steps:
-            phase = min(self.updates / steps, 1.0)
-            rate = self.config.actor_lr * 0.5 * (1 + math.cos(math.pi * phase))
-            self.actor_optimizer.param_groups[0]["lr"] = rate
+        slots = self.actor_optimizer.state.get(next(self.actor.parameters()))
+        if steps and slots:  # before its first step the rate is that of the start
+            phase = (slots["step"].double() / steps).clamp(max=1.0)
+            rate = self.config.actor_lr * 0.5 * (1 + torch.cos(math.pi * phase))
+            self.actor_optimizer.param_groups[0]["lr"].copy_(rate)

@@ -55,8 +55,7 @@ class SAC(Agent):
         self.critic_optimizer = self.adam(self.critic, lr=c.critic_lr)
         self.temperature_optimizer = self.adam(self.log_temperature, lr=c.temperature_lr)
 
-    def update(self, batch: Batch) -> Metrics:
-        self.updates += 1
+    def learn(self, batch: Batch) -> Metrics:
         rows, a = batch.rewards.shape[1], self.spec.action_dim
         noise, next_noise = self.random.normal(2, rows, a).unbind(1)
         temperature = self.log_temperature.detach().exp()[:, None]
@@ -77,7 +76,7 @@ class SAC(Agent):
         self.minimise(self.critic_optimizer, critic_loss)
 
         actions, log_prob = self.actor.squash(*self.actor(batch.observations), noise)
-        policy_q = self.critic(batch.observations, actions).amin(1)
+        policy_q = self.critic(batch.observations, actions, frozen=True).amin(1)
         actor_loss = (temperature * log_prob - policy_q).mean(-1)
         self.minimise(self.actor_optimizer, actor_loss)
 

@@ -53,9 +53,12 @@ class TD3BC(Agent):
         self.actor_optimizer = self.adam(self.actor, lr=c.actor_lr)
         self.critic_optimizer = self.adam(self.critic, lr=c.critic_lr)
 
-    def update(self, batch: Batch) -> Metrics:
+    def pattern(self, update: int) -> bool:
+        """Whether actor and targets are stepped."""
+        return update % self.config.policy_interval == 0
+
+    def learn(self, batch: Batch) -> Metrics:
         c = self.config
-        self.updates += 1
         with torch.no_grad():
             noise = self.random.normal(*batch.actions.shape[1:]) * self.scalar("policy_noise", 2)
             noise = noise.clamp_(-c.noise_clip, c.noise_clip)
@@ -67,9 +70,9 @@ class TD3BC(Agent):
         self.minimise(self.critic_optimizer, critic_loss)
         metrics = {"critic_loss": critic_loss.detach(), "q": q.detach().mean((1, 2))}
 
-        if self.updates % c.policy_interval == 0:
+        if self.now:
             actions = self.actor(batch.observations)
-            policy_q = self.critic(batch.observations, actions, elements=1)[:, 0]
+            policy_q = self.critic(batch.observations, actions, 1, frozen=True)[:, 0]
             weight = self.scalar("alpha", 0) / policy_q.detach().abs().mean(-1)
             cloning = (actions - batch.actions).square().mean((1, 2))
             actor_loss = cloning - weight * policy_q.mean(-1)

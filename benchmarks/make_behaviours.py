@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from saferl.agents.sac import SAC, SACConfig
 from saferl.registry import make_env
 from saferl.spec import Spec
-from saferl.training.engine import OnlineEngine
+from saferl.training.online import OnlineEngine
 
 ROBOTS = {"hopper": "Hopper", "halfcheetah": "HalfCheetah", "walker2d": "Walker2d"}
 
@@ -67,7 +67,8 @@ def main() -> None:
         print(step, row["seconds"], row.get("train_return"), row.get("train_cost"), flush=True)
         if step % options.every == 0:
             weights = {k: v.contiguous() for k, v in agent.actor.state_dict().items()}
-            save_file(weights, options.out / f"{options.robot}-{step:07d}.safetensors")
+            facts = {"penalties": json.dumps(options.penalties), "seed": str(options.seed)}
+            save_file(weights, options.out / f"{options.robot}-{step:07d}.safetensors", facts)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     python benchmarks/pack_behaviours.py behaviours/ hopper halfcheetah walker2d
 
+The folder may hold several trainings of a robot, each in a folder of its own.
+
 Every snapshot of every member plays ``--episodes`` episodes with sampled actions. Then, per robot,
 
 - expert: the highest mean return;
@@ -24,13 +26,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from saferl.envs import bundled
 from saferl.evaluation.rollout import collect_transitions
 
-PENALTIES = [0.0, 1.0, 2.0, 4.0]  # of the members of a snapshot, in make_behaviours.py
-COMMAND = "python benchmarks/make_behaviours.py {robot}; python benchmarks/pack_behaviours.py …"
+COMMAND = "python benchmarks/make_behaviours.py {robot} --penalties {penalties} --seed {seed}"
 MEDIUM = 0.4  # of the expert's return
 RANDOM_SHARE = 0.05
 
@@ -38,8 +40,10 @@ RANDOM_SHARE = 0.05
 def candidates(folder: Path, robot: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Facts and stacked float16 weights of every member of every snapshot."""
     facts, layers = [], {}
-    for file in sorted(folder.glob(f"{robot}-*.safetensors")):
+    for file in sorted(folder.rglob(f"{robot}-*.safetensors")):
         tensors = load_file(file)
+        with safe_open(file, "pt") as opened:  # without a record: the command's defaults
+            made = opened.metadata() or {"penalties": "[0, 1, 2, 4]", "seed": "0"}
         for kind in ("weight", "bias"):
             count = sum(key.startswith("mlp.weights.") for key in tensors)
             for i in range(count):
@@ -47,7 +51,13 @@ def candidates(folder: Path, robot: str) -> tuple[list[dict], dict[str, torch.Te
                 stacked = tensors[f"mlp.{'weights' if kind == 'weight' else 'biases'}.{i}"][:, 0]
                 layers.setdefault(f"{kind}.{i}", []).append(stacked.half())
         step = int(file.stem.split("-")[1])
-        facts += [{"penalty": penalty, "step": step} for penalty in PENALTIES]
+        penalties, seed = json.loads(made["penalties"]), int(made["seed"])
+        words = " ".join(f"{penalty:g}" for penalty in penalties)
+        command = COMMAND.format(robot=robot, penalties=words, seed=seed)
+        facts += [
+            {"command": command, "seed": seed + m, "penalty": float(penalty), "step": step}
+            for m, penalty in enumerate(penalties)
+        ]
     if not facts:
         raise SystemExit(f"no snapshots of {robot} in {folder}")
     return facts, {key: torch.cat(parts).contiguous() for key, parts in layers.items()}
@@ -100,6 +110,7 @@ def main() -> None:
         manifest = json.loads(manifest_file.read_text())
     for robot in options.robots:
         facts, weights = candidates(options.snapshots, robot)
+        commands = dict.fromkeys(fact.pop("command") for fact in facts)
         kept = [i for i, f in enumerate(facts) if not options.last or f["step"] <= options.last]
         facts = [facts[i] for i in kept]
         weights = {key: tensor[kept] for key, tensor in weights.items()}
@@ -124,7 +135,7 @@ def main() -> None:
         share = (1 - RANDOM_SHARE) / len(chosen)
         mixed = [{"policy": stack.index(i), "share": round(share, 6)} for i in chosen]
         manifest["robots"][robot] = {
-            "command": COMMAND.format(robot=robot),
+            "command": "; ".join([*commands, "python benchmarks/pack_behaviours.py …"]),
             "policies": [{"index": k} | facts[i] for k, i in enumerate(stack)],
             "levels": {
                 "medium": [{"policy": stack.index(medium), "share": 1.0}],

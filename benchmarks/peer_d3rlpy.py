@@ -29,10 +29,23 @@ with contextlib.redirect_stderr(io.StringIO()):  # it imports gym, which prints 
     from d3rlpy.preprocessing import StandardObservationScaler
 
 
-def make(agent: str, settings: dict[str, Any], scaler: Any = None) -> Any:
-    """The peer's agent with our hyper-parameters; every name on the right is ours."""
+def make(
+    agent: str,
+    settings: dict[str, Any],
+    scaler: Any = None,
+    device: str = "cpu:0",
+    compiled: bool = False,
+) -> Any:
+    """The peer's agent with our hyper-parameters; every name on the right is ours.
+
+    ``compiled`` is its compile option, which acts on a GPU alone.
+    """
     encoder = VectorEncoderFactory(hidden_units=list(settings["hidden"]))
-    shared = {"batch_size": settings["batch_size"], "observation_scaler": scaler}
+    shared = {
+        "batch_size": settings["batch_size"],
+        "observation_scaler": scaler,
+        "compile_graph": compiled,
+    }
     if agent == "bc":
         config = BCConfig(
             learning_rate=settings["lr"],
@@ -40,7 +53,7 @@ def make(agent: str, settings: dict[str, Any], scaler: Any = None) -> Any:
             encoder_factory=encoder,
             **shared,
         )
-        return config.create(device="cpu:0")
+        return config.create(device=device)
     shared |= {
         "gamma": settings["discount"],
         "tau": settings["tau"],
@@ -77,37 +90,58 @@ def make(agent: str, settings: dict[str, Any], scaler: Any = None) -> Any:
         )
     else:
         raise ValueError(f"no {agent}")
-    return config.create(device="cpu:0")
+    return config.create(device=device)
 
 
 class Speed:
-    """Sample and update, as in the body of d3rlpy's own `fitter`, without its logging."""
+    """Sample and update, as in the body of d3rlpy's own `fitter`, without its logging.
 
-    def prepare(self, agent: str, settings: dict[str, Any], data: dict[str, int]) -> None:
+    ``key`` tells agents apart that take turns; one key holds one agent.
+    """
+
+    def __init__(self) -> None:
+        self.subjects: dict[str, tuple[Any, MDPDataset, int]] = {}
+
+    def prepare(
+        self,
+        agent: str,
+        settings: dict[str, Any],
+        data: dict[str, int],
+        key: str = "",
+        device: str = "cpu:0",
+        compiled: bool = False,
+    ) -> None:
         arrays = common.synthetic(**data)
-        self.buffer = MDPDataset(
+        buffer = MDPDataset(
             arrays["observations"],
             arrays["actions"],
             arrays["rewards"],
             arrays["terminals"].astype(np.float32),
             arrays["timeouts"].astype(np.float32),
         )
-        self.agent = make(agent, settings)
-        self.agent.create_impl((data["observation_dim"],), data["action_dim"])
-        self.batch_size = settings["batch_size"]
+        learner = make(agent, settings, None, device, compiled)
+        learner.create_impl((data["observation_dim"],), data["action_dim"])
+        self.subjects[key] = learner, buffer, settings["batch_size"]
 
-    def block(self, updates: int, clock: str) -> tuple[float, float]:
+    def drop(self) -> None:
+        self.subjects.clear()
+
+    def block(self, updates: int, clock: str, key: str = "") -> tuple[float, float]:
         """Seconds spent on sampling and on updating in ``updates`` updates."""
         now = common.CLOCKS[clock]
+        learner, buffer, rows = self.subjects[key]
         sampling = updating = 0.0
         for _ in range(updates):
             start = now()
-            batch = self.buffer.sample_transition_batch(self.batch_size)
+            batch = buffer.sample_transition_batch(rows)
             middle = now()
-            self.agent.update(batch)
+            learner.update(batch)
             sampling += middle - start
             updating += now() - middle
-        return sampling, updating
+        start = now()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return sampling, updating + now() - start
 
 
 def train(
@@ -164,7 +198,9 @@ if __name__ == "__main__":
         {
             "prepare": speed.prepare,
             "block": speed.block,
+            "drop": speed.drop,
             "train": train,
+            "precision": torch.get_float32_matmul_precision,
             "versions": lambda: common.versions(["d3rlpy", "torch", "numpy", "gymnasium"]),
         }
     )

@@ -1,354 +1,387 @@
-"""Speed of one update: ours, d3rlpy's and the arithmetic's floor, in one run.
+"""Speed of one update: engines, precisions and members, peers, and the arithmetic's floor.
 
-    python benchmarks/throughput.py
+    python benchmarks/throughput.py                   # CPU, one thread, about 15 minutes
+    python benchmarks/throughput.py --device cuda     # or `make bench-gpu`: everything, on a GPU
+    python benchmarks/throughput.py --quick           # to see that it runs: numbers mean nothing
 
-Two processes with one thread each, ours and d3rlpy's, run blocks of updates in turn (A B A B …) on
-the same synthetic data with equal networks, so that whatever else the machine does meets both. An
-update is what a user waits for: drawing a batch from the replay buffer, then one gradient step.
+Parts (``--parts``), each measured in one run and interleaved (A B C A B C …), so that whatever else
+the machine does meets all sides; times are medians over the rounds:
 
-The floor is the time that the multiply-adds of an update's matrix products would take at the rate
-of a 1024³ float32 product, measured in our process in every round. Counted per network and pass of
-B rows through layers (in_l, out_l), with E networks side by side:
+    beside   ours, d3rlpy (with and without its compile option) and plain eager implementations
+             (tests/agents/plain.py), each in a process of its own, on the same data with equal
+             networks; an update is what a user waits for: drawing a batch, then a gradient step
+    matrix   every registered agent: eager, compile, cuda_graph × fp32, bf16 × 1, 4, 16 members
+    long     long timed runs with logging, extrapolated to a million updates, with a profile that
+             says what bounds an update and the memory beside its estimate (on a GPU unless asked)
 
-    forward                        E · B · Σ_l in_l · out_l
-    gradient of weights            the same
-    gradient of hidden units       the same without the first layer
-    gradient of an input action    E · B · A · out_1
-
-Element-wise work (activations, Adam, Polyak averages, random numbers) is not in it.
+What a machine lacks is listed with the reason. `floors.py` says what the floor is. Results are
+written after every part; parts of an earlier run on the same machine are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import statistics
-from collections.abc import Sequence
-from itertools import pairwise
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import common
+import throughput_report
 
-MATMUL = 1024
-BLOCK_SECONDS = 0.3
+HERE = Path(__file__).parent
 DATA = {"rows": 100_000, "observation_dim": 17, "action_dim": 6}  # HalfCheetah's shapes
+PARTS = ("beside", "long", "matrix")
+# Layers on both sides; {} are the agent's own defaults, which the peer does not have.
 NETWORKS = {
     "bc": (256, 256),
     "td3_bc": (256, 256),
     "iql": (256, 256),
     "cql": (256, 256, 256),
+    "a2pr": (),
 }
-TARGETS = {"td3_bc": 1.5, "iql": 1.5, "cql": 1.2}  # peer's time / ours, at least
-SAMPLING_TARGET = 0.03  # of an update, at most
-FLOOR_TARGETS = {"cql": 2.5}  # update / floor, at most
+PLAIN = ("a2pr", "cql")  # what tests/agents/plain.py has
+KINDS, PRECISIONS, MEMBERS = ("eager", "compile", "cuda_graph"), ("fp32", "bf16"), (1, 4, 16)
+LONG = (("a2pr", 1), ("a2pr", 16), ("td3_bc", 1), ("cql", 1))  # agent, members
+BLOCK_SECONDS = 0.3  # of one side in one round
+MATRIX_ROUNDS = 5
+MATRIX_SECONDS = 10.0  # of one combination; a slow one gets fewer rounds
+STEP = {"cpu": 2, "cuda": 20}  # updates come in multiples: alternating actors, recorded blocks
+LOG_INTERVAL = {"cpu": 100, "cuda": 1000}  # updates between two readings of the metrics
 
 
-# The floor -----------------------------------------------------------------------------------
+class Bench:
+    """The parts, for the options of one command."""
 
+    def __init__(self, options: argparse.Namespace, peer: Callable[[], str] | None):
+        self.options, self.peer = options, peer
+        self.device, self.clock, self.quick = options.device, options.clock, options.quick
+        self.data = DATA | ({"rows": 2000} if self.quick else {})
+        self.step = STEP[self.device]
 
-def forward(sizes: Sequence[int], rows: int, networks: int = 1) -> int:
-    """Multiply-adds of a forward pass of ``networks`` perceptrons of widths ``sizes``."""
-    return networks * rows * sum(i * o for i, o in pairwise(sizes))
+    def ours(self) -> common.Worker:
+        return common.Worker(sys.executable, HERE / "engines.py", "--device", self.device)
 
+    def task(self, agent: str, **fields: Any) -> dict[str, Any]:
+        return {"agent": agent, "data": self.data, "quick": self.quick} | fields
 
-def backward_inputs(
-    sizes: Sequence[int], rows: int, networks: int = 1, wanted_inputs: int = 0
-) -> int:
-    """Gradients of hidden units, and of ``wanted_inputs`` components of the input."""
-    return forward(sizes[1:], rows, networks) + networks * rows * wanted_inputs * sizes[1]
+    def settings(self, agent: str) -> dict[str, Any]:
+        """Equal on all sides."""
+        found = {"normalize_observations": False}  # noise is standard already; it costs d3rlpy time
+        if agent in common.SETTINGS:
+            hidden = (16, 16) if self.quick else NETWORKS[agent]
+            found = common.settings_of(agent, hidden) | found | {"normalize_rewards": False}
+            found |= {"batch_size": 16} if self.quick else {}
+        return found
 
+    def updates(self, seconds: float) -> int:
+        """Of a block, if one update takes so long."""
+        block = 0.01 if self.quick else BLOCK_SECONDS
+        return self.step * max(1, round(block / seconds / self.step))
 
-def step(sizes: Sequence[int], rows: int, networks: int = 1) -> int:
-    """Forward pass and gradients of all weights."""
-    return 2 * forward(sizes, rows, networks) + backward_inputs(sizes, rows, networks)
+    # Ours beside others.
 
+    def beside(self, agent: str) -> dict[str, Any]:
+        """One agent, all sides; times in milliseconds per update."""
+        with contextlib.ExitStack() as stack:
+            ours, plain = stack.enter_context(self.ours()), stack.enter_context(self.ours())
+            peer = None
+            if self.peer and agent in common.SETTINGS:
+                script = HERE / "peer_d3rlpy.py"
+                peer = stack.enter_context(common.Worker(self.peer(), script))
+            return self._beside(agent, ours, plain, peer)
 
-def multiply_adds(
-    agent: str, observation_dim: int, action_dim: int, hidden: Sequence[int], batch: int = 256
-) -> float:
-    """Multiply-adds of one update, a mean where updates alternate; two critics, N = 10 in CQL."""
-    o, a = observation_dim, action_dim
-    actor, critic, value = (o, *hidden, a), (o + a, *hidden, 1), (o, *hidden, 1)
-    if agent == "bc":
-        return step(actor, batch)
-    # The actor's loss through critics whose own weights stay: forward, then back to the action.
-    through = [
-        forward(critic, batch, e) + backward_inputs(critic, batch, e, wanted_inputs=a)
-        for e in (1, 2)
-    ]
-    target = forward(critic, batch, 2)
-    if agent == "td3_bc":
-        every = forward(actor, batch) + target + step(critic, batch, 2)
-        return every + (step(actor, batch) + through[0]) / 2
-    if agent == "iql":
-        values = forward(value, batch) + step(value, batch)
-        return values + target + step(critic, batch, 2) + step(actor, batch)
-    if agent == "cql":
-        actor = (o, *hidden, 2 * a)  # mean and log σ
-        policies = step(actor, batch) + forward(actor, batch)  # π at s, and at s'
-        rows = batch * (3 * 10 + 1)  # the penalty's actions and the logged one, all at s
-        # The first layer's product with s is needed once per state, that with a for every action.
-        first = 2 * hidden[0] * (batch * o + rows * a)
-        rest = (*hidden, 1)
-        penalty = 2 * first + 2 * forward(rest, rows, 2) + forward(rest, rows, 2)
-        return policies + through[1] + target + penalty
-    raise ValueError(f"no count for {agent}")
+    def _beside(self, agent: str, ours: Any, plain: Any, peer: Any) -> dict[str, Any]:
+        settings, clock, cpu = self.settings(agent), self.clock, self.device == "cpu"
+        task = self.task(agent, settings=settings)
+        sides: dict[str, Callable[[int], tuple[float, float]]] = {}
+        missing: dict[str, str] = {}
 
+        def block(worker: Any, key: str) -> Callable[[int], tuple[float, float]]:
+            # On a GPU sampling cannot be told apart without waiting for it.
+            if cpu:
+                return lambda n: worker("split", key=key, updates=n, clock=clock)
+            return lambda n: (0.0, worker("run", key=key, updates=n, clock=clock))
 
-# Our process ---------------------------------------------------------------------------------
-
-
-class Ours:
-    """Sample and update, as in `saferl.training.engine.Engine`."""
-
-    def prepare(self, agent: str, settings: dict[str, Any], data: dict[str, int]) -> None:
-        from saferl.data import Dataset
-        from saferl.data.buffer import ReplayBuffer
-        from saferl.registry import agent_class
-        from saferl.spec import Spec
-        from saferl.training.engine import Engine
-
-        bounds = (1.0,) * data["action_dim"]
-        arrays = common.synthetic(**data)
-        arrays["rewards"] = arrays["rewards"][:, 0]
-        dataset = Dataset.from_arrays(
-            **arrays, id="synthetic", action_low=tuple(-b for b in bounds), action_high=bounds
-        )
-        cls = agent_class(agent)
-        config = cls.make_config(settings)
-        spec = Spec.from_dataset(dataset, config)
-        self.agent = cls(spec, config, [0])
-        self.buffer = ReplayBuffer.from_dataset(dataset, spec, [0])
-        Engine(self.agent, self.buffer)  # whatever it sets up for its process holds here too
-
-    def block(self, updates: int, clock: str) -> tuple[float, float]:
-        """Seconds spent on sampling and on updating in ``updates`` updates."""
-        now = common.CLOCKS[clock]
-        agent, buffer, rows = self.agent, self.buffer, self.agent.config.batch_size
-        sampling = updating = 0.0
-        for _ in range(updates):
-            start = now()
-            batch = buffer.sample(rows)
-            middle = now()
-            agent.update(batch)
-            sampling += middle - start
-            updating += now() - middle
-        return sampling, updating
-
-    def matmul(self, clock: str) -> float:
-        """Seconds of a 1024³ float32 product, the median of five."""
-        import torch
-
-        now = common.CLOCKS[clock]
-        a, b = torch.randn(2, MATMUL, MATMUL).unbind(0)
-        out = torch.empty(MATMUL, MATMUL)
-        times = []
-        for _ in range(5):
-            start = now()
-            torch.mm(a, b, out=out)
-            times.append(now() - start)
-        return statistics.median(times)
-
-
-def serve() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    ours = Ours()
-    common.serve(
-        {
-            "prepare": ours.prepare,
-            "block": ours.block,
-            "matmul": ours.matmul,
-            "versions": lambda: common.versions(["saferl", "torch", "numpy"]),
+        facts: dict[str, Any] = {}
+        for name, precision in (("saferl", "fp32"), ("saferl bf16", "bf16")):
+            kind = "eager" if cpu else "auto"
+            made = ours("make", key=name, kind=kind, precision=precision, **task)
+            made |= {} if "missing" in made else ours(
+                "warm", key=name, updates=2 * self.step, clock=clock
+            )  # fmt: skip
+            if "missing" in made:
+                missing[name] = made["missing"]
+            else:
+                sides[name] = block(ours, name)
+                facts = facts or made
+        if "saferl" not in sides:
+            return {"agent": agent, "sides": {}, "missing": missing}
+        if agent in PLAIN:
+            made = plain("plain", key="plain", **task)
+            if "missing" in made:
+                missing["plain"] = made["missing"]
+            else:
+                sides["plain"] = block(plain, "plain")
+        for name, compiled in (("d3rlpy", False), ("d3rlpy compile", True)):
+            if peer is None:
+                had = agent in common.SETTINGS
+                missing[name] = "left out (--no-peer)" if had else f"d3rlpy has no {agent}"
+            elif compiled and cpu:
+                missing[name] = "d3rlpy's compile option acts on a GPU alone"
+            else:
+                device = "cpu:0" if cpu else "cuda:0"
+                peer("prepare", key=name, agent=agent, settings=settings, data=self.data,
+                     device=device, compiled=compiled)  # fmt: skip
+                sides[name] = lambda n, key=name: peer("block", key=key, updates=n, clock=clock)
+        for side in sides.values():
+            side(max(12, self.step))  # d3rlpy compiles in its first updates
+        updates = self.updates(facts["seconds"])
+        rates: dict[str, list[float]] = {}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for _ in range(2 if self.quick else self.options.rounds):
+            for precision in PRECISIONS[: 1 + ("saferl bf16" in sides)]:
+                found = ours("rate", precision=precision, clock=clock)
+                rates.setdefault(precision, []).append(found.get("rate", float("nan")))
+            for name, side in sides.items():
+                times[name].append(tuple(1e3 * s / updates for s in side(updates)))
+        row = {"agent": agent, "settings": settings, "missing": missing}
+        row["updates_per_block"] = updates
+        row |= {name: facts[name] for name in ("multiply_adds", "counted", "hidden", "batch_size")}
+        row["gflops"] = {p: 2e-9 * statistics.median(found) for p, found in rates.items()}
+        row["sides"] = {
+            name: compare(times[name], times["saferl"], floors_of(name, facts, rates), cpu)
+            for name in sides
         }
-    )
+        return row
 
+    # Engines, precisions, members.
 
-# Measurement ---------------------------------------------------------------------------------
+    def matrix(self, agent: str) -> dict[str, Any]:
+        """Every combination of one agent."""
+        with self.ours() as ours:
+            return {"agent": agent, "rows": self._matrix(agent, ours)}
 
-
-def measure(
-    agent: str, ours: common.Worker, peer: common.Worker, rounds: int, clock: str
-) -> dict[str, Any]:
-    """One row of the table: medians over rounds; all times in milliseconds per update."""
-    hidden = NETWORKS[agent]
-    settings = common.settings_of(agent, hidden) | {
-        "normalize_observations": False,  # noise is standard already, and the peer's takes time
-        "normalize_rewards": False,
-    }
-    for worker in (ours, peer):
-        worker("prepare", agent=agent, settings=settings, data=DATA)
-        worker("block", updates=4, clock=clock)
-    seconds = sum(ours("block", updates=10, clock=clock)) / 10
-    updates = 2 * max(1, round(BLOCK_SECONDS / seconds / 2))  # even: TD3+BC's updates alternate
-    count = multiply_adds(agent, DATA["observation_dim"], DATA["action_dim"], hidden)
-    rows = []
-    for _ in range(rounds):
-        matmul = ours("matmul", clock=clock)
-        (our_sampling, our_update), (its_sampling, its_update) = (
-            [1e3 * s / updates for s in worker("block", updates=updates, clock=clock)]
-            for worker in (ours, peer)
-        )
-        floor = 1e3 * matmul * count / MATMUL**3
-        rows.append(
-            {
-                "ours_sampling_ms": our_sampling,
-                "ours_update_ms": our_update,
-                "peer_sampling_ms": its_sampling,
-                "peer_update_ms": its_update,
-                "gflops": 2e-9 * MATMUL**3 / matmul,
-                "floor_ms": floor,
-                "ours_ms": our_sampling + our_update,
-                "peer_ms": its_sampling + its_update,
-                "ratio": (its_sampling + its_update) / (our_sampling + our_update),
-                "update_ratio": its_update / our_update,
-                "sampling_share": our_sampling / our_update,
-                "over_floor": our_update / floor,
-                "peer_over_floor": its_update / floor,
+    def _matrix(self, agent: str, ours: Any) -> list[dict[str, Any]]:
+        rows = []
+        for kind in KINDS:
+            for precision in PRECISIONS:
+                for members in MEMBERS:
+                    row = {"kind": kind, "precision": precision, "members": members}
+                    rows.append(row)
+                    row["key"] = key = f"{kind} {precision} {members}"
+                    if kind == "compile" and self.device == "cpu" and members > 1:
+                        if not self.options.full:
+                            row["missing"] = "left out for time (--full)"
+                            continue
+                    task = self.task(agent, kind=kind, precision=precision, members=members)
+                    row |= ours("make", key=key, **task)
+                    if "missing" not in row:
+                        row |= ours("warm", key=key, updates=2 * self.step, clock=self.clock)
+        running = [row for row in rows if "missing" not in row]
+        limit = 0.2 if self.quick else MATRIX_SECONDS
+        for row in running:
+            row["updates"] = self.updates(row["seconds"])
+            affordable = int(limit / (row["updates"] * row["seconds"]))
+            row["rounds"] = max(1, min(affordable, 2 if self.quick else MATRIX_ROUNDS))
+            row["times"], row["floors"] = [], []
+        for index in range(max((row["rounds"] for row in running), default=0)):
+            rates = {
+                precision: ours("rate", precision=precision, clock=self.clock)["rate"]
+                for precision in dict.fromkeys(row["precision"] for row in running)
             }
-        )
-    columns = {name: sorted(row[name] for row in rows) for name in rows[0]}
-    result = {"agent": agent, "hidden": list(hidden), "batch_size": settings["batch_size"]}
-    result |= {"updates_per_block": updates, "rounds": rounds, "multiply_adds": count}
-    result |= {name: statistics.median(values) for name, values in columns.items()}
-    # The spread: the middle 80 % of the rounds' own ratios.
-    cut = rounds // 10
-    for name in ("ratio", "over_floor"):
-        values = columns[name]
-        result[f"{name}_spread"] = [values[cut], values[-1 - cut]]
-    return result
+            for row in running:
+                if index < row["rounds"]:
+                    seconds = ours("run", key=row["key"], updates=row["updates"], clock=self.clock)
+                    row["times"].append(1e3 * seconds / row["updates"])
+                    row["floors"].append(1e3 * row["multiply_adds"] / rates[row["precision"]])
+        for row in rows:
+            if times := row.pop("times", None):
+                bounds = row.pop("floors")
+                row["ms"] = statistics.median(times)
+                row["ms_per_member"] = row["ms"] / row["members"]
+                row["floor_ms"] = statistics.median(bounds)
+                row["over_floor"] = statistics.median(t / f for t, f in zip(times, bounds))
+            row.pop("key", None), row.pop("seconds", None)
+        return rows
+
+    # Long runs.
+
+    def long(self, agent: str, members: int) -> dict[str, Any]:
+        """Both precisions of ours, each in a process of its own, and the peers."""
+        seconds = 0.2 if self.quick else self.options.seconds
+        interval = 4 if self.quick else LOG_INTERVAL[self.device]
+        rows = []
+        for precision in PRECISIONS:
+            task = self.task(agent, precision=precision, members=members)
+            with self.ours() as ours:
+                found = ours("long", seconds=seconds, log_interval=interval, **task)
+            if "missing" not in found:
+                with self.ours() as ours:
+                    estimate = ours("estimate", **task)
+                missing = {"estimated_bytes": None, "estimate": estimate}
+                found |= missing if "missing" in estimate else estimate
+            rows.append({"side": "saferl", "precision": precision, "members": members} | found)
+        if agent in common.SETTINGS and members == 1 and self.peer:
+            with common.Worker(self.peer(), HERE / "peer_d3rlpy.py") as peer:
+                for name in ("d3rlpy", "d3rlpy compile"):
+                    rows.append(
+                        {"side": name, "members": 1} | self._peer(peer, agent, name, seconds)
+                    )
+        return {"agent": agent, "rows": rows}
+
+    def _peer(self, peer: Any, agent: str, name: str, seconds: float) -> dict[str, Any]:
+        compiled = name.endswith("compile")
+        if compiled and self.device == "cpu":
+            return {"missing": "d3rlpy's compile option acts on a GPU alone"}
+        device = "cpu:0" if self.device == "cpu" else "cuda:0"
+        peer("prepare", key=name, agent=agent, settings=self.settings(agent), data=self.data,
+             device=device, compiled=compiled)  # fmt: skip
+        peer("block", key=name, updates=12, clock="wall")
+        updates, start = 0, time.perf_counter()
+        while not updates or time.perf_counter() - start < seconds:
+            peer("block", key=name, updates=10 * self.step, clock="wall")
+            updates += 10 * self.step
+        each = (time.perf_counter() - start) / updates
+        peer("drop")
+        return {"updates": updates, "seconds": each, "minutes_per_million": each * 1e6 / 60}
 
 
-def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """One line per target."""
-    lines = []
-
-    def say(what: str, value: float, target: float, least: bool) -> None:
-        met = value >= target if least else value <= target
-        sign = "≥" if least else "≤"
-        lines.append(f"{'met' if met else 'MISSED'}: {what} {value:.3g} (target {sign} {target:g})")
-
-    for row in rows:
-        agent = row["agent"]
-        if agent in TARGETS:
-            say(f"{agent}: d3rlpy's sample + update / ours", row["ratio"], TARGETS[agent], True)
-            say(f"{agent}: sampling / update", row["sampling_share"], SAMPLING_TARGET, False)
-        if agent in FLOOR_TARGETS:
-            say(f"{agent}: update / floor", row["over_floor"], FLOOR_TARGETS[agent], False)
-    return lines
+def floors_of(side: str, facts: dict[str, Any], rates: dict[str, list[float]]) -> list[float]:
+    """Milliseconds of the arithmetic in each round, in the side's own precision."""
+    precision = "bf16" if side.endswith("bf16") else "fp32"
+    return [1e3 * facts["multiply_adds"] / rate for rate in rates[precision]]
 
 
-def report(rows: Sequence[dict[str, Any]]) -> str:
-    heads = ["agent", "hidden", "ours ms", "d3rlpy ms", "ratio", "80 % of rounds", "update only",
-             "sampling", "floor ms", "update / floor", "d3rlpy / floor"]  # fmt: skip
-    body = [
-        [
-            row["agent"],
-            "×".join(map(str, row["hidden"])),
-            f"{row['ours_ms']:.2f}",
-            f"{row['peer_ms']:.2f}",
-            f"{row['ratio']:.2f}",
-            "{:.2f} – {:.2f}".format(*row["ratio_spread"]),
-            f"{row['update_ratio']:.2f}",
-            f"{100 * row['sampling_share']:.1f} %",
-            f"{row['floor_ms']:.2f}",
-            f"{row['over_floor']:.2f}",
-            f"{row['peer_over_floor']:.2f}",
-        ]
-        for row in rows
-    ]
-    return common.table(heads, body)
+def compare(
+    side: Sequence[tuple[float, float]],
+    ours: Sequence[tuple[float, float]],
+    floor: Sequence[float],
+    split: bool,
+) -> dict[str, Any]:
+    """Medians over rounds of ``(sampling, update)`` milliseconds; ratios are of the same round.
+
+    Where sampling was not timed apart, an update is both.
+    """
+    median = statistics.median
+    ratios = sorted(sum(a) / sum(b) for a, b in zip(side, ours))
+    bound = sorted(update / f for (_, update), f in zip(side, floor))
+    cut = len(ratios) // 10
+    found = {
+        "ms": median(sum(times) for times in side),
+        "floor_ms": median(floor),
+        "over_floor": median(bound),
+        "over_floor_spread": [bound[cut], bound[-1 - cut]],  # the middle 80 % of the rounds
+        "over_ours": median(ratios),
+        "over_ours_spread": [ratios[cut], ratios[-1 - cut]],
+        "update_over_ours": median(a[1] / b[1] for a, b in zip(side, ours)),
+    }
+    if split:
+        found |= {
+            "update_ms": median(update for _, update in side),
+            "sampling_share": median(sampling / update for sampling, update in side),
+        }
+    return found
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:
-    import matplotlib
+# The command ---------------------------------------------------------------------------------
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    names = [row["agent"] for row in rows]
-    places = range(len(rows))
-    series = [("d3rlpy 2.8.1", "peer_ms", "#9aa5b1"), ("saferl", "ours_ms", "#1f6fb2"),
-              ("floor of the arithmetic", "floor_ms", "#e0a030")]  # fmt: skip
-    for offset, (label, key, colour) in zip((-0.27, 0.0, 0.27), series):
-        values = [row[key] for row in rows]
-        bars = left.bar([p + offset for p in places], values, 0.26, label=label, color=colour)
-        left.bar_label(bars, [f"{v:.3g}" for v in values], fontsize=7, padding=1)
-    left.set(yscale="log", ylabel="ms per sample + update", xticks=list(places), xticklabels=names)
-    left.set_ylim(top=left.get_ylim()[1] * 3)
-    left.legend(fontsize=8, frameon=False, loc="upper left")
+def attempt(name: str, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """What ``function`` measures; where its process fails, a line instead."""
+    print(f"{name} …", file=sys.stderr, flush=True)
+    try:
+        return function(*arguments)
+    except (RuntimeError, OSError) as error:  # of a worker, with its traceback, or its pipe
+        print(error, file=sys.stderr)
+        return {"agent": arguments[0], "failed": str(error).strip().splitlines()[-1][:200]}
 
-    ratios = [row["ratio"] for row in rows]
-    spans = [[r - row["ratio_spread"][0] for r, row in zip(ratios, rows)],
-             [row["ratio_spread"][1] - r for r, row in zip(ratios, rows)]]  # fmt: skip
-    right.errorbar(places, ratios, spans, fmt="o", capsize=4, color="#1f6fb2",
-                   label="median, 80 % of rounds")  # fmt: skip
-    aims = [(p, TARGETS[name]) for p, name in zip(places, names) if name in TARGETS]
-    right.plot(*zip(*aims), "_", markersize=26, color="#c0392b", label="target") if aims else None
-    right.axhline(1, color="grey", linewidth=0.8)
-    right.set(ylabel="d3rlpy's time / ours", xticks=list(places), xticklabels=names, ylim=(0, None))
-    right.set_xlim(-0.5, len(rows) - 0.5)
-    right.legend(fontsize=8, frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"One thread, batch 256, HalfCheetah's shapes; {note}", fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--parts", nargs="+", choices=PARTS, help="default: all on a GPU, else not `long`")
+    add("--agents", nargs="+", help="default: all that are registered")
+    add("--rounds", type=int, default=31, help="blocks of each side in `beside`")
+    add("--seconds", type=float, default=60, help="of each run in `long`")
+    add("--full", action="store_true", help="compile every number of members on a CPU too")
+    add("--quick", action="store_true", help="tiny networks and few updates, to see that it runs")
+    add("--clock", choices=sorted(common.CLOCKS), default="wall",
+        help="cpu: time on the processor, for a machine that is busy with other work")  # fmt: skip
+    add("--no-peer", action="store_true", help="leave d3rlpy out")
+    add("--peer-python", help="an interpreter with d3rlpy; else .venv-peers is made")
+    add("--out", type=Path, help="folder of the results")
+    options = parser.parse_args()
+    if options.device == "cuda" and options.clock == "cpu":
+        parser.error("--clock cpu sees nothing of what a GPU does")
+    if options.parts is None:
+        options.parts = PARTS if options.device == "cuda" else ("beside", "matrix")
+    if options.out is None:
+        options.out = Path(tempfile.mkdtemp("-quick")) if options.quick else common.RESULTS
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--agents", nargs="+", choices=sorted(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=31, help="blocks of each side")
-    parser.add_argument(
-        "--clock",
-        choices=sorted(common.CLOCKS),
-        default="wall",
-        help="cpu: time on the processor, for a machine that is busy with other work",
-    )
-    parser.add_argument(
-        "--peer-python", help="an interpreter with d3rlpy; else .venv-peers is made"
-    )
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve:
-        return serve()
+    options = parse()
+    if options.device == "cuda":
+        import torch
 
-    import sys
-
-    here = Path(__file__).parent
-    rows = []
-    with (
-        common.Worker(sys.executable, here / "throughput.py", "--serve") as ours,
-        common.Worker(common.peer_python(options.peer_python), here / "peer_d3rlpy.py") as peer,
-    ):
-        versions = {"ours": ours("versions"), "peer": peer("versions")}
-        for agent in options.agents:
-            print(f"{agent} …", file=sys.stderr, flush=True)
-            rows.append(measure(agent, ours, peer, options.rounds, options.clock))
-    machine = common.machine()
+        if not torch.cuda.is_available():
+            print("no CUDA GPU is here: run this on a machine that has one", file=sys.stderr)
+            sys.exit(2)
+    stem = "throughput" if options.device == "cpu" else "throughput-cuda"
+    path = options.out / f"{stem}.json"
+    peer = None if options.no_peer else lambda: common.peer_python(options.peer_python)
+    bench = Bench(options, peer)
+    with bench.ours() as worker:
+        facts = worker("facts")
+    if options.agents and (unknown := set(options.agents) - set(facts["agents"])):
+        sys.exit(f"no agent {', '.join(sorted(unknown))}: there are {', '.join(facts['agents'])}")
+    agents = options.agents or facts["agents"]
+    versions = {"ours": facts["versions"]}
+    if peer:
+        with common.Worker(peer(), HERE / "peer_d3rlpy.py") as worker:
+            versions["peer"] = worker("versions")
+            facts["peer_float32_products"] = worker("precision")
     document = {
-        "command": common.command(),
-        "date": common.now(),
-        "machine": machine,
+        "machine": common.machine() | {k: facts[k] for k in ("gpu", "cuda", "amx")},
         "versions": versions,
-        "clock": options.clock,
-        "data": DATA,
-        "rows": rows,
-        "verdicts": verdicts(rows),
+        "float32_products": {k: v for k, v in facts.items() if k.endswith("float32_products")},
+        "data": bench.data,
+        "quick": options.quick,
+        "parts": {},
     }
-    common.write_json(options.out / "throughput.json", document)
-    plot(rows, options.out / "throughput.png", f"{machine['cpu']}, {document['date']}")
-    gflops = statistics.median(row["gflops"] for row in rows)
-    rate = f"1024³ float32 product: {gflops:.1f} GFLOP/s on one thread of {machine['cpu']}"
-    lines = "\n".join(f"- {line}" for line in document["verdicts"])
-    source = f"`{document['command']}`, {document['date']}, {options.clock} clock. {rate}."
-    text = f"{report(rows)}\n\n{source}\n\n{lines}\n"
-    (options.out / "throughput.md").write_text(text)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        earlier = json.loads(path.read_text())
+        if all(earlier[k] == document[k] for k in ("machine", "versions", "quick")):
+            document["parts"] = earlier["parts"]
+    for part in options.parts:
+        if part == "long":
+            todo = [task for task in LONG if task[0] in agents]
+        else:
+            todo = [(agent,) for agent in agents if part == "matrix" or agent in NETWORKS]
+        rows = [
+            attempt(" ".join(map(str, (part, *task))), getattr(bench, part), *task) for task in todo
+        ]
+        document["parts"][part] = {
+            "command": common.command(),
+            "date": common.now(),
+            "clock": options.clock,
+            "rows": rows,
+        }
+        document["verdicts"] = throughput_report.verdicts(document)
+        common.write_json(path, document)
+        throughput_report.plot(document, path.with_suffix(".png"))
+        text = throughput_report.report(document)
+        path.with_suffix(".md").write_text(text)
     print(text, end="")
+    print(f"written to {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

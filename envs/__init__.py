@@ -12,8 +12,11 @@ declares the same entry point) through the entry-point group ``gymnasium.envs``.
 
 from __future__ import annotations
 
+from typing import Any
+
 from gymnasium.envs.registration import register, registry
 
+from . import adapters, epicare
 from .wrappers import CostWrapper, SixValueAdapter, adapt_cost
 
 __all__ = [
@@ -42,18 +45,27 @@ VELOCITY_THRESHOLDS = {
 def register_envs() -> None:
     """Register ``saferl/HopperVelocity-v0`` and its siblings with gymnasium.
 
-    Only names are stored: the simulator is imported by ``gymnasium.make``. Calling it again, or
-    from gymnasium's ``namespace`` context as older versions do, changes nothing.
+    Also ``bullet/…`` and ``safety-gymnasium/…``, whose packages are needed when they are made. Only
+    names are stored: the simulator is imported by ``gymnasium.make``. Calling it again, or from
+    gymnasium's ``namespace`` context as older versions do, changes nothing.
     """
-    tasks = {f"{robot}Velocity": f"velocity:{robot}VelocityEnv" for robot in VELOCITY_THRESHOLDS}
-    tasks["D4RLAnt"] = "d4rl:D4RLAntEnv"
-    for name, home in tasks.items():
-        if f"saferl/{name}-v0" not in registry:
-            register(
-                id=f"saferl/{name}-v0",
-                entry_point=f"saferl.envs.{home}",
-                max_episode_steps=HORIZON,
-            )
+    tasks: dict[str, dict[str, Any]] = {
+        f"saferl/{robot}Velocity-v0": {
+            "entry_point": f"saferl.envs.velocity:{robot}VelocityEnv",
+            "max_episode_steps": HORIZON,
+        }
+        for robot in VELOCITY_THRESHOLDS
+    }
+    tasks["saferl/D4RLAnt-v0"] = {
+        "entry_point": "saferl.envs.d4rl:D4RLAntEnv",
+        "max_episode_steps": HORIZON,
+    }
+    tasks["saferl/ICUSepsis-v0"] = {"entry_point": "saferl.envs.icu_sepsis:ICUSepsisEnv"}
+    for name, arguments in epicare.env_ids().items():
+        tasks[name] = {"entry_point": "saferl.envs.epicare:EpiCareEnv", "kwargs": arguments}
+    for name, arguments in (tasks | adapters.env_ids()).items():
+        if name not in registry:
+            register(id=name, **arguments)
 
 
 register_envs()

@@ -80,6 +80,11 @@ _MIXTURES = {  # name → robot, expert's share of the rows
 }
 
 
+def names() -> list[str]:
+    """Names of all datasets, without their ``saferl/``."""
+    return [*_IDS, *_MIXTURES]
+
+
 def ids() -> list[str]:
     """Names of the datasets whose behaviours are here, without their ``saferl/``."""
     try:
@@ -127,7 +132,7 @@ def load(
             damaged, or a cache folder that cannot be written.
     """
     if name not in _IDS and name not in _MIXTURES:
-        raise unknown("saferl dataset", name, [*_IDS, *_MIXTURES])
+        raise unknown("saferl dataset", name, names())
     size = SIZE if size is None else _whole("size", size, 1)
     seed = _whole("seed", seed, 0)
     clip = overrides.pop("clip_actions", False)

@@ -65,23 +65,27 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     p = command("train", _train, "Train an agent; alone, it runs the embedded default.")
-    p.add_argument("agent", nargs="?", default=DEFAULT_AGENT, help="see `saferl list agents`")
+    # None stands for the default, so that --resume can tell what was given.
+    p.add_argument("agent", nargs="?", help=f"see `saferl list agents` (default: {DEFAULT_AGENT})")
     p.add_argument(
         "--dataset", help="id or file; the bundled default if neither it nor --env is set"
     )
     p.add_argument("--env", help="environment to evaluate in, or to learn in without --dataset")
     p.add_argument("--steps", type=int, help=f"updates per member (default: {DEFAULT_STEPS})")
-    p.add_argument("--members", type=int, default=3, help="seeds trained side by side")
-    p.add_argument("--seed", type=int, default=0, help="of the first member")
+    p.add_argument("--members", type=int, help="seeds trained side by side (default: 3)")
+    p.add_argument("--seed", type=int, help="of the first member (default: 0)")
     p.add_argument("--cost-limit", type=float, nargs="+", default=[], help="cost per episode")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                    help="hyper-parameter; VALUE,VALUE trains members for each")  # fmt: skip
     _dataset_options(p)
     p.add_argument("--out", type=Path, help="run folder (default: runs/AGENT-DATASET)")
     p.add_argument("--resume", type=Path, metavar="RUN", help="continue a run folder")
-    _machine(p)
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    p.add_argument("--engine", default="auto", help="auto, eager, compile or cuda_graph")
+    p.add_argument("--precision", help="fp32, or bf16 where the device has it (default: fp32)")
+    p.add_argument("--threads", type=int, help="CPU threads of torch (default: 1)")
     p.add_argument("--eval-interval", type=int, help="steps; 0: at the end only (default: 5 times)")
-    p.add_argument("--eval-episodes", type=int, default=10, help="per member and evaluation")
+    p.add_argument("--eval-episodes", type=int, help="per member and evaluation (default: 10)")
     p.add_argument("--log-interval", type=int, help="steps (default: 100 times)")
     p.add_argument("--checkpoint-interval", type=int, help="steps (default: eval interval)")
     p.add_argument("--memory-map", type=Path, metavar="FILE", help="buffer in a file, not memory")
@@ -163,14 +167,26 @@ def _train(options) -> None:
     data = _loader_options(options)
     common = {
         "device": options.device,
+        "engine": options.engine,
         "memory_map": options.memory_map,
         "progress": not options.quiet,
     }
+    chosen = {
+        name: value
+        for name in (
+            "members", "seed", "precision", "threads", "out",
+            "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
+        )
+        if (value := getattr(options, name)) is not None
+    }  # fmt: skip
     if options.resume is not None:
-        if settings or data or options.dataset or options.env or options.out:
+        refused = list(chosen)
+        for name in ("agent", "dataset", "env", "set", "dataset_option", "column", "cost_limit"):
+            refused += [name] if getattr(options, name) else []
+        if refused:
             raise SaferlError(
-                "--resume takes everything but --steps and --device from the run's config.yaml: "
-                "leave the other options out, or start another run"
+                f"--resume takes {', '.join(refused)} from the run's config.yaml: only --steps, "
+                "--device, --engine and --memory-map can be given; to change more start another run"
             )
         run = resume(options.resume, steps=options.steps, **common)
     else:
@@ -179,21 +195,14 @@ def _train(options) -> None:
             dataset, limits = DEFAULT_DATASET, limits or [DEFAULT_COST_LIMIT]
             settings = DEFAULT_SETTINGS | settings
         run = train(
-            options.agent,
+            options.agent or DEFAULT_AGENT,
             dataset,
             env=options.env,
             steps=DEFAULT_STEPS if options.steps is None else options.steps,
-            members=options.members,
-            seed=options.seed,
             cost_limits=limits,
             settings=settings,
             dataset_options=data,
-            out=options.out,
-            eval_interval=options.eval_interval,
-            eval_episodes=options.eval_episodes,
-            log_interval=options.log_interval,
-            checkpoint_interval=options.checkpoint_interval,
-            threads=options.threads,
+            **chosen,
             **common,
         )
     if not options.quiet:
@@ -275,13 +284,21 @@ def _list(options) -> None:
         elif what == "datasets":
             for prefix in registry.names("datasets"):
                 loader = registry.dataset_loader(prefix)
-                ids = getattr(sys.modules[loader.__module__], "ids", lambda: [])()
                 print(f"  {prefix}/…")
-                for line in textwrap.wrap(", ".join(ids), 92, break_on_hyphens=False):
-                    print(f"      {line}")
+                _print_names(getattr(sys.modules[loader.__module__], "ids", lambda: [])())
         else:
+            families: dict[str, list[str]] = {}
             for name in registry.environment_ids():
-                print(f"  {name}")
+                prefix, slash, rest = name.rpartition("/")
+                families.setdefault(prefix + slash, []).append(rest)
+            for prefix, rests in families.items():
+                print(f"  {prefix}…" if prefix else "  without a prefix")
+                _print_names(rests)
+
+
+def _print_names(names: list[str]) -> None:
+    for line in textwrap.wrap(", ".join(names), 92, break_on_hyphens=False):
+        print(f"      {line}")
 
 
 def _report(options) -> None:

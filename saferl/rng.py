@@ -6,10 +6,14 @@ other members are trained beside it: member i of M is the same as that member al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+# A function of torch, its arguments before the shape, and the shape without the member axis.
+Request = tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]
 
 
 class MemberRandom:
@@ -22,29 +26,57 @@ class MemberRandom:
             torch.Generator(self.device).manual_seed((seed * 1_000_003 + stream * 7_919) % 2**63)
             for seed in seeds
         ]
+        self._requests: list[Request] | None = None
+        self._drawn: Iterator[Tensor] | None = None
 
-    def _draw(self, function, *shape: int) -> Tensor:
+    def _draw(self, request: Request) -> Tensor:
+        if self._drawn is not None:
+            return next(self._drawn)
+        if self._requests is not None:
+            self._requests.append(request)
+        function, arguments, shape = request
         draws = [
-            function(shape, generator=generator, device=self.device)
+            function(*arguments, shape, generator=generator, device=self.device)
             for generator in self.generators
         ]
         return draws[0].unsqueeze(0) if len(draws) == 1 else torch.stack(draws)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal ``[M, *shape]``."""
-        return self._draw(torch.randn, *shape)
+        return self._draw((torch.randn, (), shape))
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform on [0, 1), ``[M, *shape]``."""
-        return self._draw(torch.rand, *shape)
+        return self._draw((torch.rand, (), shape))
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Uniform integers in [0, high), ``[M, *shape]``, int64."""
-        draws = [
-            torch.randint(high, shape, generator=generator, device=self.device)
-            for generator in self.generators
-        ]
-        return draws[0].unsqueeze(0) if len(draws) == 1 else torch.stack(draws)
+        return self._draw((torch.randint, (high,), shape))
+
+    # A compiled function cannot draw from generators. So its draws are noted in one plain call,
+    # and from then on made before the call, in the same order, and handed in.
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[list[Request]]:
+        """Draw as usual; the list receives what was asked for."""
+        self._requests = []
+        try:
+            yield self._requests
+        finally:
+            self._requests = None
+
+    @contextlib.contextmanager
+    def handing_out(self, drawn: Sequence[Tensor]) -> Iterator[None]:
+        """Return these tensors instead of drawing."""
+        self._drawn = iter(drawn)
+        try:
+            yield
+        finally:
+            self._drawn = None
+
+    def draw(self, requests: Sequence[Request]) -> list[Tensor]:
+        """What `noting` noted, drawn again."""
+        return [self._draw(request) for request in requests]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"state": torch.stack([g.get_state() for g in self.generators])}

@@ -36,6 +36,7 @@ class Spec:
     observation_std: Floats = ()
     reward_scale: float = 1.0
     reward_shift: float = 0.0
+    horizon: int = 0  # steps of the longest episode; 0: unknown
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -77,6 +78,7 @@ class Spec:
             observation_std=std,
             reward_scale=scale,
             reward_shift=float(config.reward_shift),
+            horizon=int(card.horizon or max(dataset.episode_lengths(), default=0)),
         )
 
     @classmethod

@@ -38,7 +38,7 @@ def test_train_evaluate_report_inspect_collect(data, tmp_path, capsys):
     capsys.readouterr()
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    for word in ("td3_bc", "discrete_cql", "hopper-medium-v2", "saferl/HopperVelocity-v0"):
+    for word in ("td3_bc", "discrete_cql", "hopper-medium-v2", "HopperVelocity-v0", "EpiCare1-v0"):
         assert word in out
 
 
@@ -85,7 +85,13 @@ MISTAKES = {
     "not a run": (["evaluate", "."], "not a run folder"),
     "no run": (["report", "nowhere"], "nowhere"),
     "resume what": (["train", "--resume", "nowhere"], "not a run folder"),
-    "resume and set": (["train", "--resume", "runs/x", "--set", "alpha=2"], "--resume takes"),
+    "resume and set": (["train", "--resume", "runs/x", "--set", "alpha=2"], "--resume takes set"),
+    "resume and more": (
+        ["train", "cql", "--resume", "runs/x", "--members", "3", "--cost-limit", "4"],
+        "--resume takes members, agent, cost_limit from the run's config.yaml",
+    ),
+    "engine": (["train", "--engine", "cuda_graph", "--device", "cpu"], "cuda_graph needs a GPU"),
+    "precision": (["train", "--precision", "fp8"], "unknown precision 'fp8'"),
     "collect env": (["collect", "random", "x.npz"], "--env"),
     "collect suffix": (["collect", "random", "x.txt", "--env", ENV, "--steps", "9"], "x.txt"),
     "truncated": (["inspect", "half.hdf5"], "half.hdf5"),

@@ -4,7 +4,7 @@ from saferl.evaluation import evaluate
 print(evaluate(policy, "saferl/HopperVelocity-v0", episodes=20).text(limits=[25.0]))
 """
 
-from saferl.evaluation.evaluate import Evaluation, check_limit, evaluate
+from saferl.evaluation.evaluate import Evaluation, evaluate
 from saferl.evaluation.report import write_report
 from saferl.evaluation.rollout import (
     Episodes,
@@ -14,6 +14,7 @@ from saferl.evaluation.rollout import (
     rollout,
 )
 from saferl.evaluation.statistics import bootstrap_interval, cvar, interquartile_mean, share_over
+from saferl.safety.limits import check_limit
 
 __all__ = [
     "Episodes",

@@ -31,6 +31,7 @@ from saferl.evaluation.statistics import (
     share_over,
 )
 from saferl.io import write_text
+from saferl.safety.limits import check_limit
 
 COLUMNS = ("step", "member", "episode", "return", "cost", "length")
 CVAR_LEVEL = 0.9
@@ -188,7 +189,8 @@ class Evaluation:
         """Statistics at the last step: per group of members and per member, one dict per limit.
 
         ``groups``: a name per member (variants of a hyper-parameter); all members are one group
-        when None. ``reference_returns``: returns of score 0 (random) and 100 (expert). Without
+        when None; one that was trained for a ``cost_limit`` is judged by it and not by ``limits``.
+        ``reference_returns``: returns of score 0 (random) and 100 (expert). Without
         limits there is one dict per group and member, its ``limit`` None.
 
         Keys: ``group``; ``member`` (None for the group as a whole); ``members``, ``episodes``
@@ -208,12 +210,13 @@ class Evaluation:
         for name, part in last.split(named).items():
             if not len(part):
                 continue
+            own = [] if self.costs is None else _own_limit(name)
             picked = [(None, part)]
             picked += [(int(m), part._pick(part.members == m)) for m in np.unique(part.members)]
             for member, rows_of in picked:
                 summary = rows_of._summary(reference_returns, resamples)
                 head = {"group": name, "member": member}
-                for limit in limits or [None]:
+                for limit in own or limits or [None]:
                     rows.append(head | summary | rows_of._against(limit, summary))
         return rows
 
@@ -293,17 +296,6 @@ NO_COST = (
 )
 
 
-def check_limit(limit: float) -> float:
-    """A cost limit as a float; raises `SaferlError` if it is negative or not a number."""
-    try:
-        value = float(limit)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise SaferlError(f"a cost limit is a number of 0 or more per episode, got {limit!r}")
-    return value
-
-
 def group_names(names: Sequence[str]) -> list[str] | None:
     """Groups of members named like ``"alpha=1 seed=0"``: what is left without the seed.
 
@@ -311,6 +303,12 @@ def group_names(names: Sequence[str]) -> list[str] | None:
     """
     groups = [re.sub(r"\s*\bseed=\S+", "", name).strip() for name in names]
     return groups if len(set(groups)) > 1 else None
+
+
+def _own_limit(group: str) -> list[float]:
+    """The cost limit in a group's name, ``"alpha=1 cost_limit=20"``."""
+    found = re.search(r"\bcost_limit=(\S+)", group)
+    return [float(found[1])] if found and math.isfinite(float(found[1])) else []
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

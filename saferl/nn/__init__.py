@@ -1,7 +1,7 @@
 """Member-batched networks: perceptrons, value ensembles, actors, a VAE and the exported policy."""
 
 from saferl.nn.critics import DiscreteQEnsemble, QEnsemble, VEnsemble, polyak
-from saferl.nn.mlp import MLP, orthogonal, torch_default, xavier
+from saferl.nn.mlp import MLP, PRECISIONS, compute_in, orthogonal, torch_default, xavier
 from saferl.nn.policies import (
     CategoricalActor,
     DeterministicActor,
@@ -13,6 +13,7 @@ from saferl.nn.vae import VAE
 
 __all__ = [
     "MLP",
+    "PRECISIONS",
     "VAE",
     "CategoricalActor",
     "DeterministicActor",
@@ -22,6 +23,7 @@ __all__ = [
     "QEnsemble",
     "TanhGaussianActor",
     "VEnsemble",
+    "compute_in",
     "orthogonal",
     "polyak",
     "torch_default",

@@ -54,8 +54,10 @@ class ManyActions(torch.autograd.Function):
         weights = hidden[::2]
         dbase = first.new_empty(networks, states, first.shape[-1])
         dactions = torch.empty_like(actions) if ctx.needs_input_grad[1] else None
-        dfirst, dlast = torch.zeros_like(first), torch.zeros_like(last)
-        dhidden = [torch.zeros_like(tensor) for tensor in hidden]
+        # Sums over blocks, which bfloat16 would round away.
+        wide = torch.promote_types(first.dtype, torch.float32)
+        dfirst, dlast = torch.zeros_like(first, dtype=wide), torch.zeros_like(last, dtype=wide)
+        dhidden = [torch.zeros_like(tensor, dtype=wide) for tensor in hidden]
         # Gradients at the units of one layer and of the next, in the same memory for all blocks.
         rows = ctx.size * n
         width = max(first.shape[-1], *(weight.shape[-1] for weight in weights), 1)
@@ -66,20 +68,29 @@ class ManyActions(torch.autograd.Function):
                 block = slice(start, start + ctx.size)
                 units = next(blocks)
                 top = grad[k, start * n : (start + ctx.size) * n]
-                dlast[k].addmm_(units[-1].T, top)
+                _add(dlast[k], units[-1].T, top)
                 d = torch.mm(top, last[k].T, out=_shaped(here, units[-1]))
                 for layer in range(len(weights) - 1, -1, -1):
                     _mask(d, units[layer + 1])
-                    dhidden[2 * layer][k].addmm_(units[layer].T, d)
+                    _add(dhidden[2 * layer][k], units[layer].T, d)
                     dhidden[2 * layer + 1][k] += d.sum(0, keepdim=True)
                     here, there = there, here
                     d = torch.mm(d, weights[layer][k].T, out=_shaped(here, units[layer]))
                 _mask(d, units[0])
                 torch.sum(d.unflatten(0, (-1, n)), 1, out=dbase[k, block])
-                dfirst[k].addmm_(actions[k, block].flatten(0, 1).T, d)
+                _add(dfirst[k], actions[k, block].flatten(0, 1).T, d)
                 if dactions is not None:
                     dactions[k, block] = (d @ first[k].T).unflatten(0, (-1, n))
-        return dbase, dactions, dfirst, dlast, *dhidden
+        narrow = [tensor.to(first.dtype) for tensor in (dfirst, dlast, *dhidden)]
+        return dbase, dactions, *narrow
+
+
+def _add(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in place."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _mask(grad: Tensor, units: Tensor) -> None:

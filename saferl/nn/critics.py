@@ -33,9 +33,19 @@ class QEnsemble(nn.Module):
             final_init,
         )
 
-    def forward(self, observations: Tensor, actions: Tensor, elements: int | None = None) -> Tensor:
-        """``[M, B, O], [M, B, A]`` to ``[M, E, B]``, or only the first ``elements`` critics."""
-        return self.mlp(torch.cat((observations, actions), -1), elements).squeeze(-1)
+    def forward(
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        elements: int | None = None,
+        frozen: bool = False,
+    ) -> Tensor:
+        """``[M, B, O], [M, B, A]`` to ``[M, E, B]``, or only the first ``elements`` critics.
+
+        ``frozen`` where the loss moves what chose the actions, not the critics.
+        """
+        x = torch.cat((observations, actions), -1)
+        return self.mlp(x, elements, frozen=frozen).squeeze(-1)
 
     def many(self, observations: Tensor, actions: Tensor) -> Tensor:
         """K actions for each state: ``[M, B, O], [M, B, K, A]`` to ``[M, E, B, K]``."""

@@ -6,7 +6,8 @@ ensemble of two critics for sixteen members is a single call. M = E = 1 is the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -47,6 +48,21 @@ def xavier(gain: float = 1.0) -> Initialiser:
     return fill
 
 
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # of products; None: that of the parameters
+_compute: torch.dtype | None = None  # type of the products; None: that of the parameters
+
+
+@contextlib.contextmanager
+def compute_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Form the products of all perceptrons in ``dtype``; parameters and outputs keep theirs."""
+    global _compute
+    before, _compute = _compute, dtype
+    try:
+        yield
+    finally:
+        _compute = before
+
+
 class _ScalarHead(torch.autograd.Function):
     """x [K,B,H] @ w [K,H,1]; plain batched products with one column are several times slower."""
 
@@ -82,6 +98,10 @@ class _Spread(torch.autograd.Function):
         dy = torch.bmm(grad, w.mT) if need_y else None
         dw = torch.bmm(y.mT, grad) if need_w else None
         return dbase, dy, dw
+
+
+def _cast(x: Tensor) -> Tensor:
+    return x if _compute is None else x.to(_compute)
 
 
 class MLP(nn.Module):
@@ -133,7 +153,7 @@ class MLP(nn.Module):
         parameter = which[layer]
         if elements < self.ensemble:
             parameter = parameter[:, :elements]
-        return parameter.flatten(0, 1)
+        return _cast(parameter.flatten(0, 1))
 
     def _activate(self, x: Tensor, layer: int, elements: int) -> Tensor:
         if self.scales:
@@ -149,6 +169,7 @@ class MLP(nn.Module):
         elements: int,
         dropout: float = 0.0,
         random: MemberRandom | None = None,
+        frozen: bool = False,
     ) -> Tensor:
         """From the input of layer ``first``, ``[M·E, rows, …]``, to ``[M·E, rows, out]``."""
         last = len(self.weights) - 1
@@ -156,7 +177,8 @@ class MLP(nn.Module):
             weight = self._stacked(self.weights, layer, elements)
             bias = self._stacked(self.biases, layer, elements)
             if weight.shape[-1] == 1:
-                x = _ScalarHead.apply(x, weight) + bias
+                # A Function forms all gradients that are possible, torch's own those asked for.
+                x = _ScalarHead.apply(x, weight.detach() if frozen else weight) + bias
             else:
                 x = torch.baddbmm(bias, x, weight)
             if layer < last:
@@ -172,6 +194,7 @@ class MLP(nn.Module):
         elements: int | None = None,
         dropout: float = 0.0,
         random: MemberRandom | None = None,
+        frozen: bool = False,
     ) -> Tensor:
         """``[M, B, in]`` (shared by the ensemble) or ``[M, E, B, in]`` to ``[M, E, B, out]``.
 
@@ -179,11 +202,13 @@ class MLP(nn.Module):
             elements: only the first so many of the ensemble.
             dropout: probability that a hidden unit is zeroed (the others grow by 1/(1-p)), drawn
                 from ``random``.
+            frozen: only gradients of ``x`` will be asked for, not of the parameters.
         """
-        e = elements or self.ensemble
-        rows = x.shape[-2]
+        e, rows, dtype = elements or self.ensemble, x.shape[-2], x.dtype
+        x = _cast(x)
         x = self._shared(x, e) if x.dim() == 3 else x.reshape(self.members * e, rows, -1)
-        return self._layers(x, 0, e, dropout, random).view(self.members, e, rows, -1)
+        x = self._layers(x, 0, e, dropout, random, frozen).to(dtype)
+        return x.view(self.members, e, rows, -1)
 
     def many(self, x: Tensor, y: Tensor) -> Tensor:
         """Each row of ``x`` ``[M, B, I]`` with each of its K ``y`` ``[M, B, K, J]``, I + J = in.
@@ -191,7 +216,8 @@ class MLP(nn.Module):
         Equal to `forward` on ``x`` repeated K times beside ``y``, as ``[M, E, B, K, out]``, but the
         first layer's product with ``x`` is formed once per row. Needs a hidden layer.
         """
-        e, (rows, k), split = self.ensemble, y.shape[1:3], x.shape[-1]
+        e, (rows, k), split, dtype = self.ensemble, y.shape[1:3], x.shape[-1], x.dtype
+        x, y = _cast(x), _cast(y)
         weight = self._stacked(self.weights, 0, e)
         bias = self._stacked(self.biases, 0, e)
         base = torch.baddbmm(bias, self._shared(x, e), weight[:, :split])
@@ -206,4 +232,4 @@ class MLP(nn.Module):
         else:
             hidden = _Spread.apply(base, self._shared(y.flatten(1, 2), e), weight[:, split:])
             out = self._layers(self._activate(hidden, 0, e), 1, e)
-        return out.view(self.members, e, rows, k, -1)
+        return out.to(dtype).view(self.members, e, rows, k, -1)

@@ -1,20 +1,32 @@
 """Engines run K updates and leave the sums of the metrics on the device.
 
-The loop reads them every N steps, so no update waits for the host.
+The loop reads them every N steps, so no update waits for the host. Three ways to run the same
+updates, from the same random streams:
+
+- ``eager``: one operation after the other;
+- ``compile``: `Agent.learn` through torch.compile;
+- ``cuda_graph``: drawing the batch, K updates and the sums of their metrics are recorded once as a
+  CUDA graph and then replayed with a single launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saferl.data.buffer import ReplayBuffer
+from saferl.data.buffer import Batch, ReplayBuffer
+from saferl.errors import SaferlError, unknown
+from saferl.nn import PRECISIONS
 from saferl.rng import MemberRandom
-from saferl.spec import Spec
+
+ENGINES = ("auto", "eager", "compile", "cuda_graph")
+BLOCKS = (20, 1)  # updates in one CUDA graph; the shorter for what the longer leaves
+MAX_GRAPHS = 16  # kept; rarer sequences of updates run eagerly
 
 
 def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -22,139 +34,189 @@ def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
 
 
-class Engine:
-    """Eager updates from a fixed buffer."""
+def pick_engine(kind: str, device: torch.device) -> str:
+    """The engine to use; "auto" is cuda_graph on a GPU, else eager.
 
-    def __init__(self, agent: Any, buffer: ReplayBuffer):
+    Raises:
+        SaferlError: unknown, or the device or this machine lacks what it needs.
+    """
+    if kind not in ENGINES:
+        raise unknown("engine", kind, ENGINES)
+    if kind == "auto":
+        return "cuda_graph" if device.type == "cuda" else "eager"
+    if kind == "cuda_graph" and device.type != "cuda":
+        raise SaferlError(f"engine cuda_graph needs a GPU but the run is on {device}: use auto")
+    if (
+        kind == "compile"
+        and device.type == "cpu"
+        and not any(map(shutil.which, ("g++", "clang++")))
+    ):
+        raise SaferlError("engine compile needs a C++ compiler (g++) on the PATH: use auto")
+    return kind
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse bf16 where it would be emulated, which is slower than fp32 and no more accurate.
+
+    Raises:
+        SaferlError: an unknown precision, or the device has no bf16 arithmetic.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if precision != "bf16":
+        return
+    if device.type == "cuda":
+        able, needs = torch.cuda.is_bf16_supported(including_emulation=False), "an Ampere GPU"
+    else:
+        able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        needs = "a CPU with AVX512-BF16 or AMX"
+    if not able:
+        raise SaferlError(f"precision bf16 needs {needs} or later, which {device} is not: use fp32")
+
+
+class Engine:
+    """Updates from a fixed buffer.
+
+    Args:
+        agent: an `Agent`.
+        buffer: what it learns from.
+        kind: how (`pick_engine` turns "auto" into one of the others).
+
+    Raises:
+        SaferlError: the buffer is not in the GPU's memory, where a CUDA graph needs it.
+    """
+
+    def __init__(self, agent: Any, buffer: ReplayBuffer, kind: str = "eager"):
         self.agent, self.buffer = agent, buffer
+        self.kind = pick_engine(kind, agent.device)
+        if self.kind == "cuda_graph" and buffer.rows.device != agent.device:
+            raise SaferlError(
+                "engine cuda_graph needs the replay buffer in the GPU's memory: leave out "
+                "--memory-map, or use eager"
+            )
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._learn = Compiled(agent) if self.kind == "compile" else None
+        self._graphs: dict[tuple[Hashable, ...], Recorded | None] = {}
 
     def run(self, steps: int) -> None:
-        """``steps`` gradient updates."""
-        for _ in range(steps):
-            self._update()
+        """``steps`` gradient updates; on a GPU they may still be under way on return."""
+        if self.kind != "cuda_graph":
+            for _ in range(steps):
+                self._update()
+            return
+        for size in BLOCKS:
+            while steps >= size:
+                self._block(size)
+                steps -= size
+
+    def wait(self) -> None:
+        """Return when the device has done what `run` gave it."""
+        if self.agent.device.type == "cuda":
+            torch.cuda.synchronize(self.agent.device)
 
     def _update(self) -> None:
-        metrics = self.agent.update(self.buffer.sample(self.agent.config.batch_size))
-        for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+        batch = self.buffer.sample(self.agent.config.batch_size)
+        for name, value in self.agent.update(batch, self._learn).items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros_like(value)
+                self._counts[name] = 0
+            self._sums[name] += value
+            self._counts[name] += 1
+
+    def _block(self, size: int) -> None:
+        """``size`` updates: eagerly when their sequence comes first, then recorded and replayed."""
+        agent = self.agent
+        key = tuple(agent.pattern(agent.updates + i) for i in range(1, size + 1))
+        if key not in self._graphs or len(self._graphs) > MAX_GRAPHS:
+            # The first time also creates what may not be created while recording: optimiser
+            # slots, sums, tensors of hyper-parameters.
+            for _ in range(size):
+                self._update()
+            self._graphs[key] = None
+            return
+        if self._graphs[key] is None:
+            self._graphs[key] = Recorded(self, size)
+        self._graphs[key].replay()
 
     def read(self) -> dict[str, np.ndarray]:
         """Mean of each metric since the last read, ``[M]``: the only wait for the device."""
-        means = {name: (self._sums[name] / self._counts[name]).cpu().numpy() for name in self._sums}
-        self._sums, self._counts = {}, {}
+        means = {
+            n: (self._sums[n] / count).cpu().numpy() for n, count in self._counts.items() if count
+        }
+        for name, total in self._sums.items():
+            total.zero_()  # in place, as CUDA graphs add to this very memory
+            self._counts[name] = 0
         return means
 
     def state_dict(self) -> dict[str, Tensor]:
         """Sampler state, and metric sums that were not read yet."""
         state = {f"buffer.{k}": v for k, v in self.buffer.state_dict().items()}
-        for name, value in self._sums.items():
-            state[f"sum.{name}"] = value
-            state[f"count.{name}"] = torch.tensor(self._counts[name])
+        for name, count in self._counts.items():
+            if count:
+                state[f"sum.{name}"] = self._sums[name]
+                state[f"count.{name}"] = torch.tensor(count)
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.buffer.load_state_dict(part(state, "buffer."))
-        self._sums = {k: v.to(self.agent.device) for k, v in part(state, "sum.").items()}
+        self._graphs = {}  # they hold the memory of what is replaced here
+        self._sums = {k: v.to(self.agent.device).clone() for k, v in part(state, "sum.").items()}
         self._counts = {k: int(v) for k, v in part(state, "count.").items()}
 
     def close(self) -> None:
         """Release what the engine holds besides memory."""
 
 
-class OnlineEngine(Engine):
-    """One environment per member: each step acts once in each, then updates once.
+class Compiled:
+    """`Agent.learn` through torch.compile.
 
-    The first ``agent.config.random_steps`` steps act uniformly at random and do not update. A
-    resumed run begins new episodes; everything else continues where it was.
+    Generators cannot be traced, so the numbers that `learn` draws are drawn before it and handed
+    in; which they are is noted in a first, eager update of each pattern.
     """
 
-    def __init__(
-        self,
-        agent: Any,
-        make_env: Callable[[], Any],
-        capacity: int,
-        seeds: Sequence[int],
-        say: Callable[[str], None] = lambda line: None,
-    ):
-        self.envs = [make_env() for _ in seeds]
-        self.buffer = ReplayBuffer(
-            agent.spec, capacity, seeds, agent.device, costs=True, own_rows=True, say=say
-        )
-        super().__init__(agent, self.buffer)
-        self.random = MemberRandom(seeds, agent.device, stream=3)
-        self.policy = agent.policy()
-        self.steps = 0
-        self._spaces = [(env.observation_space, env.action_space) for env in self.envs]
-        self._observations = [
-            self._flat(m, env.reset(seed=seed)[0])
-            for m, (env, seed) in enumerate(zip(self.envs, seeds))
-        ]
-        self._episodes = np.zeros((len(self.envs), 3))  # return, cost, length so far
-        self._finished: list[list[np.ndarray]] = [[] for _ in self.envs]
+    def __init__(self, agent: Any):
+        self.agent = agent
+        self._requests: dict[Hashable, list] = {}
+        self._function = torch.compile(self._body, dynamic=False)
 
-    def _flat(self, member: int, observation: Any) -> np.ndarray:
-        from gymnasium.spaces import flatten
+    def _body(self, batch: Batch, drawn: list[Tensor]) -> dict[str, Tensor]:
+        with self.agent.random.handing_out(drawn):
+            return self.agent.learn(batch)
 
-        return flatten(self._spaces[member][0], observation).astype(np.float32)
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        agent = self.agent
+        if agent.now not in self._requests:
+            with agent.random.noting() as requests:
+                metrics = agent.learn(batch)
+            self._requests[agent.now] = requests
+            return metrics
+        return self._function(batch, agent.random.draw(self._requests[agent.now]))
 
-    def run(self, steps: int) -> None:
-        """``steps`` environment steps per member, each followed by one update."""
-        for _ in range(steps):
-            self._act()
-            if self.steps > self.agent.config.random_steps:
-                self._update()
 
-    def _act(self) -> None:
-        observations = np.stack(self._observations)
-        spec: Spec = self.agent.spec
-        if self.steps < self.agent.config.random_steps:
-            low, high = np.asarray(spec.action_low), np.asarray(spec.action_high)
-            actions = low + (high - low) * self.random.uniform(spec.action_dim).cpu().numpy()
-        else:
-            rows = torch.from_numpy(observations).to(self.agent.device)[:, None]
-            actions = self.policy.sample(rows, self.random)[:, 0].cpu().numpy()
-        self.steps += 1
-        outcomes = []
-        for m, env in enumerate(self.envs):
-            shaped = actions[m].reshape(self._spaces[m][1].shape)
-            observation, reward, terminated, truncated, info = env.step(shaped)
-            cost = float(info.get("cost", 0.0))
-            observation = self._flat(m, observation)
-            outcomes.append((reward, observation, terminated, cost))
-            self._episodes[m] += (reward, cost, 1)
-            self._observations[m] = observation
-            if terminated or truncated:
-                self._finished[m].append(self._episodes[m].copy())
-                self._episodes[m] = 0
-                self._observations[m] = self._flat(m, env.reset()[0])
-        rewards, nexts, terminals, costs = (np.array(column) for column in zip(*outcomes))
-        fields = (observations, actions, rewards, nexts, terminals, costs)
-        self.buffer.extend(*(field[:, None] for field in fields))
+class Recorded:
+    """A CUDA graph of ``size`` updates of an engine, metrics added to its sums."""
 
-    def read(self) -> dict[str, np.ndarray]:
-        """Metrics as in `Engine`, and the mean return, cost and length of finished episodes."""
-        means = super().read()
-        if all(self._finished):
-            episodes = np.stack([np.mean(done, 0) for done in self._finished], 1)
-            means |= dict(zip(("train_return", "train_cost", "train_length"), episodes))
-            self._finished = [[] for _ in self.envs]
-        return means
+    def __init__(self, engine: Engine, size: int):
+        self.engine, self.size = engine, size
+        agent = engine.agent
+        self.graph = torch.cuda.CUDAGraph()
+        for random in (engine.buffer.random, *vars(agent).values()):
+            if isinstance(random, MemberRandom):
+                for generator in random.generators:
+                    self.graph.register_generator_state(generator)
+        counts, updates = dict(engine._counts), agent.updates
+        with torch.cuda.graph(self.graph):
+            for _ in range(size):
+                engine._update()
+        # Nothing has run yet: take back what recording counted.
+        self.counts = {name: n - counts.get(name, 0) for name, n in engine._counts.items()}
+        engine._counts, agent.updates = counts, updates
 
-    def state_dict(self) -> dict[str, Tensor]:
-        state = super().state_dict()
-        state |= {f"buffer.{k}": v for k, v in self.buffer.state_dict(rows=True).items()}
-        state["steps"] = torch.tensor(self.steps)
-        state["random"] = self.random.state_dict()["state"]
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self.steps = int(state["steps"])
-        self.random.load_state_dict({"state": state["random"]})
-
-    def close(self) -> None:
-        for env in self.envs:
-            env.close()
+    def replay(self) -> None:
+        agent, counts = self.engine.agent, self.engine._counts
+        self.graph.replay()
+        agent.updates += self.size
+        agent.now = agent.pattern(agent.updates)
+        for name, n in self.counts.items():
+            counts[name] += n

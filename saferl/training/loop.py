@@ -90,6 +90,7 @@ class Loop:
                 stop = min(*following, self.step + chunk, total)
                 start = time.perf_counter()
                 self.engine.run(stop - self.step)
+                self.engine.wait()
                 seconds = time.perf_counter() - start
                 self.seconds += seconds
                 chunk = max(1, round((stop - self.step) / seconds * CHUNK_SECONDS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from saferl.data import load_dataset
 from saferl.data.buffer import ReplayBuffer
 from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
-from saferl.evaluation import Evaluator, check_limit
+from saferl.evaluation import Evaluator
 from saferl.registry import agent_class, make_env
+from saferl.safety.limits import check_limit, limit_warnings, no_costs
 from saferl.spec import Spec
 from saferl.training.configs import published, resolve
-from saferl.training.engine import Engine, OnlineEngine, part
+from saferl.training.engine import Engine, check_precision, part, pick_engine
 from saferl.training.loop import Loop, Run
+from saferl.training.online import OnlineEngine
 from saferl.training.run import RunFolder
 
 OBJECT = "a Python object"  # stands in config.yaml for a Dataset or environment that has no name
@@ -64,6 +67,8 @@ def train(
     dataset_options: dict[str, Any] | None = None,
     out: str | Path | None = None,
     device: str = "auto",
+    engine: str = "auto",
+    precision: str = "fp32",
     threads: int = 1,
     eval_interval: int | None = None,
     eval_episodes: int = 10,
@@ -82,11 +87,15 @@ def train(
         steps: gradient updates per member (environment steps when online).
         members: seeds trained side by side; each list in ``settings`` multiplies them.
         seed: of the first member; the others follow.
-        cost_limits: expected undiscounted cost per episode, in user units, for the tables.
+        cost_limits: expected undiscounted cost per episode, in user units, for the tables; an agent
+            that learns under a limit is trained for each, unless ``settings`` has ``cost_limit``.
         settings: hyper-parameters, e.g. ``{"alpha": [1, 2.5, 10]}``.
         dataset_options: passed to `load_dataset`, e.g. ``{"size": 20_000}``.
         out: run folder; ``runs/AGENT-DATASET`` and a number if None.
         device: "auto", "cpu", "cuda" or "cuda:1".
+        engine: how updates run, see `saferl.training.engine`; "auto", "eager", "compile" or
+            "cuda_graph". All give the same result, "compile" to rounding.
+        precision: "fp32", or "bf16" for the products of networks where the device has them.
         threads: of the CPU. One is the default because networks of this size gain little from more
             and lose much where other processes want the cores; for many members or wide layers try
             the number of free cores. Results depend on it in the last bits.
@@ -117,10 +126,13 @@ def train(
     if dataset is None and env is None:
         raise SaferlError("neither a dataset nor an environment was given: pass --dataset or --env")
     limits = [check_limit(limit) for limit in cost_limits]
-    cls = agent_class(agent)
+    cls, settings = agent_class(agent), dict(settings or {})
+    if hasattr(cls.Config, "cost_limit"):
+        limits, settings = _constrain(limits, settings)
     if dataset is None and not hasattr(cls.Config, "random_steps"):
         raise SaferlError(f"{agent} learns from a dataset: pass --dataset (online: sac)")
     torch_device = pick_device(device)
+    _check_machine(dataset is None, engine, precision, torch_device)
 
     source = None
     if dataset is not None and not isinstance(dataset, Dataset):
@@ -128,15 +140,12 @@ def train(
         source = str(Path(dataset).resolve()) if Path(dataset).is_file() else str(dataset)
         dataset = load_dataset(source, **(dataset_options or {}))
     if dataset is not None and limits and dataset.costs is None:
-        raise SaferlError(
-            f"a cost limit is set but {dataset.card.id} has no costs: attach them with "
-            "Dataset.with_costs(function), or map a cost column"
-        )
+        raise SaferlError(no_costs(dataset.card.id))
     if dataset is not None:
         env = env or dataset.card.env_id
     task = "online" if dataset is None else dataset.card.id
     expanded, who = resolve(
-        cls.Config, published(agent, task) | (settings or {}), list(range(seed, seed + members))
+        cls.Config, published(agent, task) | settings, list(range(seed, seed + members))
     )
     config = cls.make_config(expanded)
     eval_interval = max(1, steps // 5) if eval_interval is None else eval_interval or steps
@@ -154,10 +163,11 @@ def train(
         "log_interval": log_interval or max(1, steps // 100),
         "checkpoint_interval": checkpoint_interval or eval_interval,
         "threads": threads,
+        "precision": precision,
         "agent_config": _plain(dataclasses.asdict(config)),
     }
     folder = RunFolder(out) if out else _free_folder(agent, env if dataset is None else task)
-    return _execute(folder, plan, dataset, env, torch_device, memory_map, False, progress)
+    return _execute(folder, plan, dataset, env, torch_device, engine, memory_map, False, progress)
 
 
 def resume(
@@ -167,6 +177,7 @@ def resume(
     env: Callable[[], Any] | None = None,
     steps: int | None = None,
     device: str = "auto",
+    engine: str = "auto",
     memory_map: str | Path | None = None,
     progress: bool = True,
 ) -> Run:
@@ -184,6 +195,7 @@ def resume(
     folder = RunFolder(run)
     plan = folder.config()
     torch_device = pick_device(device)
+    _check_machine(plan["dataset"] is None, engine, plan["precision"], torch_device)
     for name, given in (("dataset", dataset), ("env", env)):
         if plan[name] == OBJECT and given is None:
             raise SaferlError(
@@ -206,7 +218,9 @@ def resume(
         plan["steps"] = steps
         folder.write_config(plan)
     environment = env if plan["env"] == OBJECT else plan["env"]
-    return _execute(folder, plan, dataset, environment, torch_device, memory_map, True, progress)
+    return _execute(
+        folder, plan, dataset, environment, torch_device, engine, memory_map, True, progress
+    )
 
 
 def _execute(
@@ -215,6 +229,7 @@ def _execute(
     dataset: Dataset | None,
     env: str | Callable[[], Any] | None,
     device: torch.device,
+    engine_kind: str,
     memory_map: str | Path | None,
     resumed: bool,
     progress: bool,
@@ -235,8 +250,9 @@ def _execute(
             probe = make_env(env)
             stack.callback(probe.close)
             agent = cls(
-                Spec.from_spaces(probe.observation_space, probe.action_space), config, seeds, device
-            )
+                Spec.from_spaces(probe.observation_space, probe.action_space),
+                config, seeds, device, plan["precision"],
+            )  # fmt: skip
             engine: Engine = OnlineEngine(agent, lambda: make_env(env), plan["steps"], seeds, say)
         else:
             card = {
@@ -245,12 +261,16 @@ def _execute(
                 "summary": dataset.summary(),
                 "problems": list(dataset.problems),
             }
+            for line in limit_warnings(dataset, plan["cost_limits"]):
+                say(f"warning: {line}")
             rows = cls.prepare(dataset, config)
-            agent = cls(Spec.from_dataset(rows, config), config, seeds, device)
+            agent = cls(Spec.from_dataset(rows, config), config, seeds, device, plan["precision"])
             if evaluator is not None:
                 evaluator.check(agent.spec)
             buffer = ReplayBuffer.from_dataset(rows, agent.spec, seeds, device, memory_map, say)
-            engine = Engine(agent, buffer)
+            engine = Engine(agent, buffer, engine_kind)
+            if not resumed:
+                agent.fit(rows, say)
         if not resumed:
             folder = RunFolder.create(folder.path, plan, card)
         return Loop(folder, plan, agent, engine, evaluator, say, progress).run(resumed)
@@ -268,6 +288,24 @@ def load_agent(run: str | Path, step: int | None = None, device: str = "cpu"):
     agent = cls(Spec.from_dict(header["spec"]), config, header["seeds"], pick_device(device))
     agent.load_state_dict(part(state, "agent."))
     return agent
+
+
+def _constrain(limits: list[float], settings: dict[str, Any]) -> tuple[list[float], dict[str, Any]]:
+    """What is trained for and what is judged are the same limits where only one was said."""
+    if "cost_limit" not in settings:
+        return limits, settings | ({"cost_limit": limits} if limits else {})
+    given = settings["cost_limit"]
+    given = given if isinstance(given, (list, tuple)) else [given]
+    given = [check_limit(limit, infinite=True) for limit in given]
+    return limits or [limit for limit in given if math.isfinite(limit)], settings
+
+
+def _check_machine(online: bool, engine: str, precision: str, device: torch.device) -> None:
+    """Say before any data are read what the device cannot do."""
+    kind = pick_engine(engine, device)
+    if online and kind != "eager" and engine != "auto":
+        raise SaferlError(f"engine {engine} needs a dataset: online training steps environments")
+    check_precision(precision, device)
 
 
 def pick_device(name: str) -> torch.device:

@@ -422,3 +422,24 @@ def test_the_divergence_is_of_all_rows():
         torch.testing.assert_close(parameter.grad, gradient)
     assert all((p.grad == 0).all() for p in agent.vae.decoder.parameters())
     assert any(not torch.equal(p, q) for p, q in zip(before, agent.vae.encoder.parameters()))
+
+
+# Without a cost limit ----------------------------------------------------------------------------
+
+
+def test_without_a_limit_nothing_of_it_is_there():
+    """tests/agents/test_costs.py has A2PR under a limit."""
+    agent = make()
+    networks = {"actor", "critic", "value", "vae", "actor_target", "critic_target"}
+    optimizers = {"actor_optimizer", "critic_optimizer", "value_optimizer", "vae_optimizer"}
+    agent.update(make_batch(agent))
+    agent.update(make_batch(agent))  # whose costs are None
+    parts = {key.split(".")[0] for key in agent.state_dict()}
+    assert parts == networks | optimizers | {"random", "updates"}
+    other = make(multiplier="pid", multiplier_lr=1.0, cost_discount=0.5)
+    other.update(make_batch(other))
+    batch = make_batch(other)
+    metrics = other.update(batch._replace(costs=batch.rewards.abs()))
+    assert not any("cost" in name or name == "multiplier" for name in metrics)
+    for key, tensor in agent.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[key]), key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -20,6 +21,12 @@ AGENTS = names("agents")
 LAYERS = ("hidden", "critic_hidden", "value_hidden", "vae_hidden")
 SMALL = {key: [8, 8] for key in LAYERS} | {"samples": 2, "batch_size": 16}
 ROWS, OBS, ACT = 64, 3, 2
+# Settings without which a field has no effect.
+NEEDS = {
+    "target_gap": {"lagrange": True},
+    "cost_discount": {"cost_limit": 0.2},
+    "multiplier_lr": {"cost_limit": 0.2},
+}
 
 
 @pytest.fixture(params=AGENTS)
@@ -51,12 +58,13 @@ def make_config(cls, **settings):
 class Setup:
     """An agent with its buffer, as a run makes them."""
 
-    def __init__(self, cls, members=(5, 6, 7), **settings):
+    def __init__(self, cls, members=(5, 6, 7), device="cpu", precision="fp32", **settings):
         config = make_config(cls, **settings)
         dataset = cls.prepare(dataset_for(cls), config)
         self.spec = Spec.from_dataset(dataset, config)
-        self.agent = cls(self.spec, config, members)
-        self.buffer = ReplayBuffer.from_dataset(dataset, self.spec, self.agent.seeds)
+        self.agent = cls(self.spec, config, members, device, precision)
+        self.agent.fit(dataset, lambda line: None)
+        self.buffer = ReplayBuffer.from_dataset(dataset, self.spec, self.agent.seeds, device)
 
     def train(self, updates: int) -> dict[str, torch.Tensor]:
         metrics = {}
@@ -141,8 +149,9 @@ def test_resumed_is_uninterrupted_to_the_bit(cls):
 def test_a_value_per_member_is_a_run_of_its_own(name, field):
     cls = agent_class(name)
     default = float(getattr(make_config(cls), field))
-    values = [default, 0.5 * default + 0.2]  # no default is 0.4
-    extra = {"lagrange": True} if field == "target_gap" else {}
+    # No default is 0.4; one that is infinite, which is off, gives way to two that are on.
+    values = [default, 0.5 * default + 0.2] if math.isfinite(default) else [0.2, 2.0]
+    extra = NEEDS.get(field, {})
     both = Setup(cls, (5, 5), **{field: values}, **extra)
     both.train(10)
     states = []

@@ -12,7 +12,8 @@ from saferl.data import Dataset
 from saferl.data.buffer import ReplayBuffer
 from saferl.registry import agent_class
 from saferl.spec import Spec
-from saferl.training.engine import Engine, OnlineEngine
+from saferl.training.engine import Engine
+from saferl.training.online import OnlineEngine
 
 SEEDS = (0, 1, 2)
 HORIZON = 20

@@ -222,6 +222,25 @@ def test_a_cost_limit_needs_costs(point, tmp_path):
         quick(type(point)(**arrays, card=point.card), tmp_path / "run", cost_limits=[1.0])
 
 
+def test_an_agent_under_a_limit_is_trained_for_what_it_is_judged_by(point, tmp_path, capsys):
+    settings = {"hidden": [8], "critic_hidden": [8], "value_hidden": [8], "vae_hidden": [8]}
+    run = quick(point, tmp_path / "a", "a2pr", cost_limits=[3.0, 9.0], settings=settings, members=1)
+    config = RunFolder(run.path).config()
+    assert config["agent_config"]["cost_limit"] == [3.0, 9.0]
+    assert config["members"] == ["cost_limit=3 seed=0", "cost_limit=9 seed=0"]
+    table = run.evaluation.table([3.0, 9.0], groups=["cost_limit=3", "cost_limit=9"])
+    assert [(r["group"], r["limit"]) for r in table if r["member"] is None] == [
+        ("cost_limit=3", 3.0), ("cost_limit=9", 9.0),
+    ]  # fmt: skip
+    # The other way round: what is trained for is judged.
+    run = quick(point, tmp_path / "b", "a2pr", settings=settings | {"cost_limit": 3}, members=1)
+    assert RunFolder(run.path).config()["cost_limits"] == [3.0]
+    # An agent that knows no limits is judged all the same.
+    capsys.readouterr()
+    quick(point, tmp_path / "c", cost_limits=[1e6], members=1, progress=True)
+    assert "warning: the cost limit 1e+06 can never bind" in capsys.readouterr().out
+
+
 def test_a_used_folder_is_not_overwritten(point, tmp_path):
     quick(point, tmp_path / "run")
     with pytest.raises(SaferlError, match="holds a run already"):

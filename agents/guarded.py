@@ -1,0 +1,292 @@
+"""What guarded model-based agents are made of: configuration, budgets, and what is fitted first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from saferl.errors import SaferlError, unknown
+from saferl.nn import VEnsemble
+from saferl.rng import MemberRandom
+from saferl.safety.guardians import FeatureMap, Guardian
+from saferl.safety.limits import check_limit, convert
+from saferl.safety.models import Model, make_model
+from saferl.safety.multipliers import Multipliers
+
+from .base import Agent
+from .costs import CostConfig, CostLimited
+from .rollouts import (
+    MaskedActor,
+    World,
+    fit_guardian,
+    guardian_for,
+    ood_budget,
+    options,
+    resample,
+    split,
+)
+
+OPTIMISERS = ("cpo", "trpo", "ppo_lag")
+OOD_MODES = ("constraint_absorb", "constraint", "penalty", "mask")
+CLONE_BATCH = 256
+MARGIN_QUANTILE = 0.9
+MARGIN_RATE = 0.05
+"""Least weight of the latest value in the running mean of a resampled model's excess cost."""
+
+
+@dataclass(frozen=True)
+class OGSRLConfig(CostConfig):
+    """Defaults: GMB-CPO with the released code's sizes; docs/agents/ogsrl.md has the variants."""
+
+    batch_size: int = 1  # logged rows handed to an update, which uses none: it plays episodes
+    hidden: tuple[int, ...] = (128, 128)
+    optimiser: str = "cpo"  # cpo, trpo or ppo_lag
+    episodes: int = 32  # N played per update
+    horizon: int = 20  # H, steps of a played episode
+    starts: str = "initial"  # played episodes start as logged ones did, or in any logged state
+    model: str = "knn"  # T̂: knn, tabular or ensemble
+    model_options: str = ""  # of make_model, as in "k=5"
+    guardian: str = "knn"  # ĝ: a name of make_guardian, or none
+    guardian_options: str = ""  # of make_guardian, as in "bandwidth=0.15 scaling=minmax"
+    levels: tuple[int, ...] = ()  # of the factors of a discrete action; none: actions have no order
+    alpha: float = 0.1  # share of supported steps that the guardian may flag
+    calibration: float = 0.2  # share of episodes kept aside for alpha and for ε̄
+    ood_mode: str = "constraint_absorb"  # or constraint, penalty, mask
+    ood_probability: float = 0.05  # β, of an unsupported step within H
+    ood_penalty: float = 25.0  # of a step after an unsupported one, under ood_mode = penalty
+    margin_models: int = 5  # resampled models for ε̄; 0: ε̄ = 0
+    gae: float = 0.95  # λ of the advantages
+    kl: float = 0.01  # δ, of a trust-region step
+    damping: float = 0.1  # added to the curvature
+    cg_iterations: int = 10
+    curvature_share: float = 0.5  # of the played episodes that the curvature is taken from
+    critic_lr: float = 1e-3
+    critic_updates: int = 10  # regression steps per update, each on all steps played
+    multiplier_lr: float = 0.05  # ppo_lag
+    multiplier_max: float = 20.0
+    actor_lr: float = 1e-3  # ppo_lag, and cloning
+    epochs: int = 10  # ppo_lag: steps per update, each on all steps played
+    clip: float = 0.2  # ppo_lag
+    clone_updates: int = 0  # behaviour cloning before the first update
+    log_std: float = -0.5  # first log σ of a continuous policy
+
+
+class Limits(nn.Module):
+    """Budgets of C constraints in the units of their estimates, and the margin ε̄ of the cost."""
+
+    def __init__(self, members: int, names: tuple[str, ...], models: int):
+        super().__init__()
+        self.names = names
+        self.register_buffer("budget", torch.zeros(members, len(names)))
+        self.register_buffer("unit", torch.ones(members))  # of a user's unit of cost
+        self.register_buffer("gaps", torch.zeros(members, models))  # excess in resampled models
+        self.register_buffer("seen", torch.zeros(members, models))
+
+    def observe(self, model: int, gap: Tensor) -> None:
+        """Take the excess cost ``[M]`` in one of the resampled models into its running mean."""
+        self.seen[:, model] += 1
+        rate = (1 / self.seen[:, model]).clamp_min(MARGIN_RATE)
+        self.gaps[:, model] += rate * (gap - self.gaps[:, model])
+
+    def margin(self) -> Tensor:
+        """ε̄ ``[M]``, 0 or more."""
+        if not self.gaps.shape[1]:
+            return torch.zeros_like(self.unit)
+        return torch.quantile(self.gaps, MARGIN_QUANTILE, dim=1).clamp_min(0)
+
+    def tightened(self) -> Tensor:
+        """Budgets ``[M, C]``, that of the cost less ε̄."""
+        margin = [
+            self.margin() if name == "cost" else torch.zeros_like(self.unit) for name in self.names
+        ]
+        return (self.budget - torch.stack(margin, 1)).clamp_min(0) if margin else self.budget
+
+    @staticmethod
+    def relative(total: Tensor, budget: Tensor) -> Tensor:
+        """(J - d) / (|J| + d) in [-1, 1]; 0 / 0 is 0, and -1 where there is no limit."""
+        distance = (total - budget) / (total.abs() + budget)
+        return distance.masked_fill(total == budget, 0.0).masked_fill(budget.isinf(), -1.0)
+
+
+class Guarded(CostLimited, Agent):
+    """Models, guardian and budgets; a subclass provides the policy's distribution and `learn`.
+
+    T̂ and the resampled models are `models`, ĝ is `guardian`.
+    """
+
+    Config = OGSRLConfig
+    variants = frozenset({"discount", "cost_limit"})
+    shared = frozenset({"world.", "replay."})
+
+    # What a kind of actions provides; a distribution is a tuple of tensors [M, B, …].
+
+    def _make_actor(self, init: MemberRandom) -> nn.Module:
+        raise NotImplementedError
+
+    def _distribution(self, observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def _log_prob(self, distribution: tuple[Tensor, ...], actions: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _divergence(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
+        """KL(old ‖ new) of each row, ``[M, B]``."""
+        raise NotImplementedError
+
+    def _decide(self, observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A drawn action and what it is in raw units."""
+        raise NotImplementedError
+
+    # Building and fitting.
+
+    def build(self, init: MemberRandom) -> None:
+        c, spec = self.config, self.spec
+        self._check()
+        limited = any(limit < np.inf for limit in self._column("cost_limit"))
+        guarded = c.guardian != "none"
+        self.absorbs = guarded and c.ood_mode in ("constraint_absorb", "penalty")
+        names = ["ood"] if guarded and c.ood_mode.startswith("constraint") else []
+        names += ["cost"] if limited else []
+        if c.optimiser == "trpo" and names:
+            raise SaferlError(
+                "optimiser trpo keeps no limits: take cpo or ppo_lag, or leave out cost_limit and "
+                "set guardian=none, ood_mode=penalty or ood_mode=mask"
+            )
+        if c.optimiser != "trpo" and not names:
+            raise SaferlError(
+                f"optimiser {c.optimiser} has no limit to keep: set cost_limit, or a guardian with "
+                "ood_mode=constraint_absorb, or take trpo"
+            )
+        guardian = None
+        if guarded:
+            guardian = guardian_for(c.guardian, spec, c.levels, c.guardian_options)
+        self.world = World(guardian)
+        actor = self._make_actor(init)
+        self.mask = spec.action_dim if guarded and c.ood_mode == "mask" else 0
+        self.actor = MaskedActor(actor, guardian, spec) if self.mask else actor
+        self.critic = VEnsemble(init, spec.observation_dim, c.hidden, 1 + len(names))
+        self.critic_optimizer = self.adam(self.critic, lr=c.critic_lr)
+        if c.optimiser == "ppo_lag":
+            self.actor_optimizer = self.adam(self.actor, lr=c.actor_lr)
+            self.multipliers = Multipliers(
+                self.members, len(names), c.multiplier, c.multiplier_lr, c.multiplier_kp,
+                c.multiplier_kd, c.multiplier_max,
+            )  # fmt: skip
+        count = 1 + (c.margin_models if limited else 0)
+        models = nn.ModuleList(self._make_model(init, int(limited)) for _ in range(count))
+        if c.model == "ensemble":  # one of each member's own
+            self.networks = models
+        else:
+            self.replay = models
+        self.limits = Limits(self.members, tuple(names), count - 1)
+        discounts = [self._column("discount")]
+        discounts += [self._column("cost_discount" if n == "cost" else "discount") for n in names]
+        self._discounts = torch.tensor(discounts, device=self.device).T[:, None]  # [M, 1, K]
+        size = spec.observation_dim
+        self._mean = torch.tensor(spec.observation_mean or (0.0,) * size, device=self.device)
+        self._std = torch.tensor(spec.observation_std or (1.0,) * size, device=self.device)
+
+    def _check(self) -> None:
+        c = self.config
+        for name, value, valid in (
+            ("optimiser", c.optimiser, OPTIMISERS),
+            ("ood_mode", c.ood_mode, OOD_MODES),
+            ("starts", c.starts, ("initial", "any")),
+        ):
+            if value not in valid:
+                raise unknown(name, value, valid)
+        if c.ood_mode == "mask" and not self.discrete:
+            raise SaferlError("ood_mode=mask needs discrete actions: take constraint_absorb")
+        if not 0 < c.ood_probability < 1:
+            raise SaferlError(f"ood_probability = {c.ood_probability} is not between 0 and 1")
+        if min(c.episodes, c.horizon, c.critic_updates, c.epochs, c.cg_iterations) < 1:
+            raise SaferlError("episodes, horizon, critic_updates, epochs, cg_iterations start at 1")
+        if not (c.kl > 0 and 0 < c.curvature_share <= 1 and c.margin_models >= 0):
+            raise SaferlError("kl is above 0, curvature_share in (0, 1], margin_models 0 or more")
+
+    def _column(self, name: str) -> list[float]:
+        value = getattr(self.config, name)
+        return list(value) if isinstance(value, tuple) else [value] * self.members
+
+    def _make_model(self, init: MemberRandom, costs: int) -> Model:
+        c, settings = self.config, options(self.config.model_options)
+        if self.discrete and c.levels and c.model != "ensemble":
+            settings = {"features": FeatureMap(n_actions=c.levels)} | settings
+        return make_model(c.model, init, self.spec, costs=costs, **settings)
+
+    @property
+    def models(self) -> nn.ModuleList:
+        """T̂, and after it the resampled models."""
+        return self.networks if self.config.model == "ensemble" else self.replay
+
+    @property
+    def guardian(self) -> Guardian | None:
+        """ĝ, calibrated once the agent is fitted."""
+        return self.world.guardian
+
+    def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
+        """Fit guardian, models and budgets, and clone the behaviour if asked to.
+
+        Raises:
+            SaferlError: fewer than two complete episodes; data that guardian or model refuse.
+        """
+        super().fit(dataset, say)
+        c = self.config
+        train, held = split(dataset, c.calibration)
+        if self.guardian is not None:
+            fit_guardian(self.guardian, train, held, c.alpha, say)
+        random = MemberRandom(self.seeds, self.device, stream=3)
+        for number, model in enumerate(self.models):
+            part = train if number == 0 else resample(held, number)
+            costs = part.costs if model.costs else np.zeros((len(part), 0))
+            model.fit(part, random, costs=costs, say=say if number == 0 else lambda line: None)
+        counted = self.discrete and c.model != "ensemble"
+        self.world.fit(dataset, c.starts, self.spec.action_dim if counted else 0)
+        self._budget(max(1, round(float(dataset.episode_lengths().mean()))), say)
+        if c.clone_updates:
+            self._clone(train, say)
+
+    def _budget(self, length: int, say: Callable[[str], None]) -> None:
+        """Limits in the units of the estimates; episodes last ``length`` steps."""
+        c, columns = self.config, []
+        units = [convert(1.0, "discounted", horizon=length, discount=discount)
+                 for discount in self._column("cost_discount")]  # fmt: skip
+        for name in self.limits.names:
+            if name == "ood":
+                columns.append([ood_budget(c.ood_probability, discount, c.horizon)
+                                for discount in self._column("discount")])  # fmt: skip
+            else:
+                limits = [check_limit(v, infinite=True) for v in self._column("cost_limit")]
+                columns.append([limit * unit for limit, unit in zip(limits, units)])
+            numbers = ", ".join(f"{value:.4g}" for value in dict.fromkeys(columns[-1]))
+            say(f"budget of {name}: {numbers} per played episode")
+        if columns:
+            self.limits.budget.copy_(torch.tensor(columns).T)
+        self.limits.unit.copy_(torch.tensor(units))
+
+    def _clone(self, train: Any, say: Callable[[str], None]) -> None:
+        """Behaviour cloning by maximum likelihood."""
+        spec = self.spec
+        observations = torch.tensor(spec.observations(train.observations), device=self.device)
+        actions = torch.tensor(spec.actions(train.actions), device=self.device)
+        if self.discrete:
+            actions = actions.squeeze(-1).long()
+        random = MemberRandom(self.seeds, self.device, stream=4)
+        optimizer = self.adam(self.actor, lr=self.config.actor_lr)
+        for _ in range(self.config.clone_updates):
+            rows = random.integers(len(observations), CLONE_BATCH)
+            distribution = self._distribution(observations[rows], None)
+            loss = -self._log_prob(distribution, actions[rows]).mean(-1)
+            self.minimise(optimizer, loss)
+        say(f"cloned: negative log-likelihood {float(loss.detach().mean()):.3f}")
+
+    def pattern(self, update: int) -> Hashable:
+        """Which resampled model this update compares with."""
+        limited = any(limit < np.inf for limit in self._column("cost_limit"))
+        count = self.config.margin_models if limited else 0
+        return update % count if count else None

@@ -1,0 +1,283 @@
+"""OGSRL: offline guarded safe RL (Yan et al., NeurIPS 2025, arXiv 2505.16242).
+
+Before training a model T̂, r̂, ĉ and a guardian ĝ(s, a) ∈ {0, 1} (1: not supported by the data) are
+fitted to logged episodes. Training then sees the model alone, and solves for π
+
+    maximise E Σ γ^t r̂   subject to   E Σ γ_c^t ĉ ≤ c̄ - ε̄   and   V_ĝ = E Σ_{t<H} γ^t ĝ ≤ β γ^H
+
+One update plays N episodes of H steps in T̂. With A_k the advantages of reward and costs, each by a
+critic V_k of its own, w_t = 1 while an episode goes on, ρ = π_new / π and J_k the plain discounted
+sums of whole episodes, it steps π by one of
+
+- ``cpo``     g = ∇ Σ wρÂ_r / Σ w, b = ∇ 1/N Σ wργ_k^t A_k, c = J_k - d_k, for the constraint k with
+              the largest (J_k - d_k) / (J_k + d_k); see `saferl.agents.trust_region`;
+- ``trpo``    the same without a constraint;
+- ``ppo_lag`` λ_k by its multiplier, then clipped PPO steps on (Â_r - Σ λ_k Â_k) / (1 + Σ λ_k)
+
+(Â: standardised; J_k never is), and then V_k by regression on A_k + V_k. Episodes that end are not
+bootstrapped from, those that H cuts are. ``ood_mode`` says what an unsupported step does.
+
+ε̄ is the 90 % quantile, over models fitted to resampled episodes that T̂ and π never saw, of the
+excess of π's cost there over its cost in T̂; it follows π during training.
+
+Where the paper and its code differ the paper is followed; docs/agents/ogsrl.md lists what is ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from saferl.data.buffer import Batch
+from saferl.errors import SaferlError
+from saferl.nn import CategoricalActor, GaussianActor
+from saferl.nn.policies import gaussian_log_prob
+from saferl.rng import MemberRandom
+from saferl.safety.models import Model
+
+from .base import Metrics
+from .guarded import Guarded, Limits
+from .rollouts import Rollout, advantages, discounting, sample_categorical, simulate
+from .trust_region import (
+    RECOVERY,
+    Surrogates,
+    conjugate_gradient,
+    cpo_step,
+    curvature,
+    gradient,
+    line_search,
+    trpo_step,
+)
+
+TRIES = 15
+"""Of the line search: the shortest step is 0.04 of the longest."""
+
+
+class _Learner(Guarded):
+    def learn(self, batch: Batch) -> Metrics:
+        """One update from episodes played in the model; the logged batch is not looked at."""
+        if self.world.starts is None:
+            raise SaferlError("the agent is not fitted: call fit(dataset, say) before it learns")
+        names = self.limits.names
+        rollout = self._play(self.models[0])
+        signals, values = self._signals(rollout), self._values(rollout)
+        found = advantages(
+            signals, values, rollout.alive, rollout.ended, self._discounts, self.config.gae
+        )
+        totals = self._totals(rollout, signals, values)
+        steps = rollout.alive.sum((1, 2))
+        metrics = {
+            "predicted_return": rollout.rewards.sum(-1).mean(-1),
+            "ood_rate": rollout.ood.sum((1, 2)) / steps,
+            "steps": steps / rollout.alive.shape[1],
+        }
+        if "ood" in names:
+            metrics["ood_value"] = totals[:, 1 + names.index("ood")]
+        if "cost" in names:
+            cost = totals[:, -1]
+            if len(self.models) > 1:
+                other = self._play(self.models[1 + self.now])
+                played = self._totals(other, self._signals(other), self._values(other))
+                self.limits.observe(self.now, played[:, -1] - cost)
+            metrics["predicted_cost"] = cost / self.limits.unit
+            metrics["margin"] = self.limits.margin() / self.limits.unit
+        step = self._ppo if self.config.optimiser == "ppo_lag" else self._trust_region
+        metrics |= step(rollout, found, totals[:, 1:])
+        return metrics | self._regress(rollout, found + values[:, :, :-1])
+
+    def _play(self, model: Model) -> Rollout:
+        c = self.config
+        return simulate(
+            model, self.world, c.episodes, c.horizon, self.random, self._decide,
+            lambda raw: (raw - self._mean) / self._std, absorb=self.absorbs, mask=self.mask,
+        )  # fmt: skip
+
+    def _signals(self, rollout: Rollout) -> Tensor:
+        """``[M, N, H, K]``: the agent's reward, then the cost of each constraint."""
+        c, spec, ood = self.config, self.spec, rollout.ood
+        counted = rollout.alive * (1 - ood) if self.absorbs else rollout.alive
+        reward = spec.reward_scale * rollout.rewards + spec.reward_shift * counted
+        if c.ood_mode == "penalty":
+            # At every step from the unsupported one to H, as a sum at that step.
+            powers = discounting(self._discounts[..., :1], c.horizon, ood)[..., 0]
+            reward = reward - c.ood_penalty * ood * powers.cumsum(-1).flip(-1)
+        costs = {"ood": ood, "cost": rollout.costs.sum(-1)}
+        return torch.stack([reward, *(costs[name] for name in self.limits.names)], -1)
+
+    @torch.no_grad()
+    def _values(self, rollout: Rollout) -> Tensor:
+        """V of every state and of the last, ``[M, N, H + 1, K]``."""
+        states = torch.cat((rollout.observations, rollout.final.unsqueeze(2)), 2)
+        values = self.critic(states.flatten(1, 2))
+        return values.unflatten(-1, states.shape[1:3]).movedim(1, -1)
+
+    def _totals(self, rollout: Rollout, signals: Tensor, values: Tensor) -> Tensor:
+        """J ``[M, K]``: discounted sums of episodes, means over N.
+
+        What follows an episode that H cuts is the critic's to say; of unsupported steps, whose
+        budget is for H steps, nothing follows.
+        """
+        powers = discounting(self._discounts, self.config.horizon, signals)
+        within = (signals * powers).sum(2).mean(1)
+        tail = (rollout.open[..., None] * values[:, :, -1]).mean(1)
+        tail = torch.cat((tail[:, :1], tail[:, 1:].clamp_min(0)), 1)
+        if "ood" in self.limits.names:
+            tail[:, 1 + self.limits.names.index("ood")] = 0
+        return within + tail * self._discounts[:, 0] ** self.config.horizon
+
+    def _trust_region(self, rollout: Rollout, found: Tensor, totals: Tensor) -> Metrics:
+        c, parameters = self.config, list(self.actor.parameters())
+        rows, weight = _Rows.of(rollout), rollout.alive.flatten(1)
+        reward = _standardise(found[..., :1].flatten(1, 2), weight)[..., 0]
+        count, steps = rollout.alive.shape[1], weight.sum(1)
+        cost, excess = torch.zeros_like(reward), torch.full_like(steps, -torch.inf)
+        if c.optimiser == "cpo":  # the tightest of the constraints, member by member
+            budget = self.limits.tightened()
+            worst = Limits.relative(totals, budget).argmax(1)
+            powers = discounting(self._discounts, c.horizon, found)
+            weighted = (found * powers * rollout.alive[..., None])[..., 1:].flatten(1, 2)
+            cost = weighted.take_along_dim(worst[:, None, None], 2)[..., 0]
+            excess = (totals - budget).gather(1, worst[:, None])[:, 0]
+        with torch.no_grad():
+            old = self._distribution(rows.observations, rows.allowed)
+            old_log_prob = self._log_prob(old, rows.actions)
+
+        def surrogates() -> Surrogates:
+            now = self._distribution(rows.observations, rows.allowed)
+            ratio = (self._log_prob(now, rows.actions) - old_log_prob).exp()
+            return Surrogates(
+                (weight * ratio * reward).sum(1) / steps,
+                (ratio * cost).sum(1) / count,
+                (weight * self._divergence(old, now)).sum(1) / steps,
+            )
+
+        start = surrogates()
+        g = gradient(start.reward, parameters, retain_graph=True)
+        some = max(1, round(c.curvature_share * count)) * c.horizon
+        near = self._distribution(
+            rows.observations[:, :some], None if rows.allowed is None else rows.allowed[:, :some]
+        )
+        share = weight[:, :some]
+        divergence = self._divergence(tuple(x.detach() for x in near), near)
+        divergence = (share * divergence).sum(1) / share.sum(1)
+        product = curvature(divergence, parameters, c.damping)
+        inverse_g = conjugate_gradient(product, g, c.cg_iterations)
+        metrics = {}
+        if c.optimiser == "cpo":
+            b = gradient(start.cost, parameters)
+            inverse_b = conjugate_gradient(product, b, c.cg_iterations)
+            step, case = cpo_step(g, b, excess, inverse_g, inverse_b, c.kl)
+            metrics["recovery"] = (case == RECOVERY).float()
+        else:
+            step = trpo_step(g, inverse_g, c.kl)
+        taken = line_search(surrogates, parameters, step, excess, c.kl, TRIES)
+        return metrics | {"step": taken.scale, "kl": taken.divergence}
+
+    def _ppo(self, rollout: Rollout, found: Tensor, totals: Tensor) -> Metrics:
+        c, rows, weight = self.config, _Rows.of(rollout), rollout.alive.flatten(1)
+        steps = weight.sum(1)
+        self.multipliers.update(Limits.relative(totals, self.limits.tightened()))
+        price = self.multipliers.value().masked_fill(self.limits.budget.isinf(), 0.0)
+        scaled = _standardise(found.flatten(1, 2), weight)
+        paid = (scaled[..., 1:] * price[:, None]).sum(-1)
+        advantage = (scaled[..., 0] - paid) / (1 + price.sum(1, keepdim=True))
+        with torch.no_grad():
+            old = self._distribution(rows.observations, rows.allowed)
+            old_log_prob = self._log_prob(old, rows.actions)
+        for _ in range(c.epochs):
+            now = self._distribution(rows.observations, rows.allowed)
+            ratio = (self._log_prob(now, rows.actions) - old_log_prob).exp()
+            clipped = ratio.clamp(1 - c.clip, 1 + c.clip)
+            gain = torch.minimum(ratio * advantage, clipped * advantage)
+            self.minimise(self.actor_optimizer, -(weight * gain).sum(1) / steps)
+        with torch.no_grad():
+            now = self._distribution(rows.observations, rows.allowed)
+            kl = (weight * self._divergence(old, now)).sum(1) / steps
+        prices = {f"multiplier_{name}": price[:, j] for j, name in enumerate(self.limits.names)}
+        return prices | {"kl": kl}
+
+    def _regress(self, rollout: Rollout, targets: Tensor) -> Metrics:
+        """Steps of the critics towards targets ``[M, N, H, K]``."""
+        observations = rollout.observations.flatten(1, 2)
+        targets, weight = targets.flatten(1, 2).movedim(-1, 1), rollout.alive.flatten(1)
+        for _ in range(self.config.critic_updates):
+            error = (self.critic(observations) - targets).square() * weight[:, None]
+            loss = error.sum(-1) / weight.sum(1, keepdim=True)  # [M, K]
+            self.minimise(self.critic_optimizer, loss.sum(1))
+        return {"critic_loss": loss.detach().sum(1)}
+
+
+class _Rows:
+    """The steps of a rollout, N · H in one axis."""
+
+    def __init__(self, observations: Tensor, actions: Tensor, allowed: Tensor | None):
+        self.observations, self.actions, self.allowed = observations, actions, allowed
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> _Rows:
+        parts = rollout.observations, rollout.actions, rollout.allowed
+        return cls(*(None if part is None else part.flatten(1, 2) for part in parts))
+
+
+def _standardise(values: Tensor, weight: Tensor) -> Tensor:
+    """``[M, B, K]`` to mean 0 and deviation 1 over rows of weight 1, ``[M, B]``."""
+    weight = weight[..., None]
+    count = weight.sum(1, keepdim=True)
+    centred = values - (weight * values).sum(1, keepdim=True) / count
+    std = ((weight * centred.square()).sum(1, keepdim=True) / count).sqrt()
+    return centred / (std + 1e-8)
+
+
+class OGSRL(_Learner):
+    """Continuous actions: a diagonal Gaussian with one σ per component."""
+
+    def _make_actor(self, init: MemberRandom) -> nn.Module:
+        spec = self.spec
+        actor = GaussianActor(init, spec.observation_dim, spec.action_dim, self.config.hidden)
+        nn.init.constant_(actor.log_std, self.config.log_std)
+        low, high = torch.tensor((spec.action_low, spec.action_high), device=self.device)
+        self._center, self._half_range = (high + low) / 2, (high - low) / 2
+        return actor
+
+    def _distribution(self, observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, ...]:
+        return self.actor.mode(observations), self.actor.log_std.clamp(*self.actor.bounds)
+
+    def _log_prob(self, distribution: tuple[Tensor, ...], actions: Tensor) -> Tensor:
+        mean, log_std = distribution
+        return gaussian_log_prob((actions - mean) * (-log_std).exp(), log_std)
+
+    def _divergence(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
+        (mean, log_std), (new_mean, new_log_std) = old, new
+        spread = (2 * log_std).exp() + (mean - new_mean).square()
+        return (new_log_std - log_std + 0.5 * spread * (-2 * new_log_std).exp() - 0.5).sum(-1)
+
+    def _decide(self, observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+        mean, log_std = self._distribution(observations, allowed)
+        # As drawn for the density, within bounds for the model.
+        drawn = mean + log_std.exp() * self.random.normal(*mean.shape[1:])
+        return drawn, drawn.clamp(-1, 1) * self._half_range + self._center
+
+
+class DiscreteOGSRL(_Learner):
+    """Discrete actions: a softmax."""
+
+    discrete = True
+
+    def _make_actor(self, init: MemberRandom) -> nn.Module:
+        spec = self.spec
+        return CategoricalActor(init, spec.observation_dim, spec.action_dim, self.config.hidden)
+
+    def _distribution(self, observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, ...]:
+        if self.mask:
+            return (self.actor(observations, allowed),)
+        return (self.actor(observations),)
+
+    def _log_prob(self, distribution: tuple[Tensor, ...], actions: Tensor) -> Tensor:
+        return distribution[0].gather(-1, actions[..., None]).squeeze(-1)
+
+    def _divergence(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
+        return (old[0].exp() * (old[0] - new[0])).sum(-1)
+
+    def _decide(self, observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+        actions = sample_categorical(self._distribution(observations, allowed)[0], self.random)
+        return actions, actions

@@ -1,0 +1,335 @@
+"""Episodes of a policy in a learned model, under a guardian, and what is estimated from them.
+
+split      whole episodes to learn from, and others to calibrate on
+World      the guardian, the states that episodes start from, and a table of its answers
+simulate   N episodes of H steps in a model
+advantages generalised advantage estimation of several signals at once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from saferl.data.dataset import Dataset
+from saferl.errors import SaferlError
+from saferl.nn import CategoricalActor
+from saferl.rng import MemberRandom
+from saferl.safety.guardians import Guardian, make_guardian
+from saferl.safety.guardians.features import DataBuffers
+from saferl.safety.guardians.search import distinct_rows, row_keys
+from saferl.safety.models import Model
+from saferl.spec import Spec
+from saferl.training.configs import parse_settings
+
+MAX_TABLE = 200_000
+"""Pairs of state and action whose guardian's answers are looked up once, before training."""
+MAX_STARTS = 50_000
+"""Logged states kept to start from."""
+REFUSED = -1e9
+"""Logit of an action that is masked: no probability, and no infinities in gradients."""
+
+
+def options(text: str) -> dict[str, Any]:
+    """``"bandwidth=0.15 scaling=minmax neighbours=none"`` as keyword arguments."""
+    found = parse_settings(text.split())
+    found = {k: None if v == "none" else v for k, v in found.items()}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+
+
+def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Training and calibration episodes, the same for every member and run.
+
+    Raises:
+        SaferlError: a share outside (0, 1), or fewer than two episodes.
+    """
+    if not 0 < share < 1:
+        raise SaferlError(f"calibration = {share} is not in (0, 1): 0.2 keeps a fifth aside")
+    count = len(dataset.episodes)
+    if count < 2:
+        raise SaferlError(
+            f"{dataset.card.id} has {count} complete episode(s): two are needed, one to learn from "
+            "and one to calibrate on"
+        )
+    order = np.random.default_rng(0).permutation(count)
+    held = min(max(1, round(share * count)), count - 1)
+    return (
+        dataset.subset(episodes=np.sort(order[held:])),
+        dataset.subset(episodes=np.sort(order[:held])),
+    )
+
+
+def resample(dataset: Dataset, seed: int) -> Dataset:
+    """As many episodes, drawn with replacement."""
+    count = len(dataset.episodes)
+    return dataset.subset(episodes=np.random.default_rng(seed).integers(count, size=count))
+
+
+def flat(observations: np.ndarray) -> np.ndarray:
+    return np.asarray(observations, np.float32).reshape(len(observations), -1)
+
+
+def fit_guardian(
+    guardian: Guardian,
+    train: Dataset,
+    held: Dataset,
+    alpha: float,
+    say: Callable[[str], None],
+) -> None:
+    """Fit to training episodes and set the threshold by the held-out ones.
+
+    With G held-out episodes no level below 1/(G+1) can be had; the next possible one is then taken,
+    which flags more, and said.
+    """
+    count = len(held.episodes)
+    least = 1 / (count + 1)
+    if 0 < alpha < least:
+        say(
+            f"warning: alpha = {alpha:g} needs {int(np.ceil(1 / alpha)) - 1} calibration episodes "
+            f"but there are {count}: the guardian takes {least:.3g} and flags more"
+        )
+        alpha = least
+    ids = [np.repeat(np.arange(len(part.episodes)), part.episode_lengths())
+           for part in (train, held)]  # fmt: skip
+    following = flat(train.next_observations)
+    guardian.fit(
+        flat(train.observations), train.actions, groups=ids[0], next_observations=following
+    )
+    guardian.calibrate(flat(held.observations), held.actions, alpha, ids[1] + len(train.episodes))
+    say(
+        f"guardian: {type(guardian).__name__} of {len(train)} rows, alpha {alpha:.3g} by {count} "
+        f"episodes, threshold {float(guardian.threshold):.4g}"
+    )
+
+
+def guardian_for(name: str, spec: Spec, levels: tuple[int, ...], settings: str) -> Guardian:
+    """A guardian of the task's kind of actions.
+
+    Args:
+        levels: numbers of levels of the factors of a discrete action, slowest first; empty: the
+            actions have no order.
+    """
+    chosen: dict[str, Any] = {}
+    if spec.discrete:
+        chosen = {"n_actions": levels or spec.action_dim}
+        chosen["action_encoding"] = "levels" if levels else "onehot"
+    return make_guardian(name, **chosen | options(settings))
+
+
+class World(DataBuffers):
+    """What rollouts ask besides the model.
+
+    Where states can be counted (a model that replays logged rows, discrete actions) the guardian's
+    answers are kept in a table, found by the hash of a state; elsewhere it is asked at every step.
+    All that is learnt is in buffers.
+    """
+
+    def __init__(self, guardian: Guardian | None):
+        super().__init__()
+        self.guardian = guardian
+        self.declare("starts", "keys", "multipliers", "outside", "permitted")
+
+    @torch.no_grad()
+    def fit(self, dataset: Dataset, starts: str, actions: int) -> None:
+        """Take starts, and fill the table where ``actions`` (their number) is above 0."""
+        observations = torch.tensor(flat(dataset.observations), device=self.device)
+        if starts == "initial":
+            rows = torch.as_tensor(dataset.episodes[:, 0].copy(), device=self.device)
+        else:
+            rows = torch.arange(len(dataset), device=self.device)
+        self.starts = observations[rows[:: -(-len(rows) // MAX_STARTS)]]
+        if self.guardian is None or not actions:
+            return
+        following = torch.tensor(flat(dataset.next_observations), device=self.device)
+        states = torch.cat((observations, following))
+        keys, first, _, multipliers = distinct_rows(states)
+        if len(keys) * actions > MAX_TABLE:
+            return
+        states = states[first]
+        self.keys, self.multipliers = keys, multipliers
+        self.permitted = permitted(self.guardian, states, actions)
+        self.outside = self.guardian.is_ood(states[:, None], torch.arange(actions).to(keys.device))
+
+    def _row(self, observations: Tensor) -> Tensor:
+        found = torch.searchsorted(self.keys, row_keys(observations, self.multipliers))
+        return found.clamp_max(len(self.keys) - 1)
+
+    def ood(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """``[M, B]`` 0/1 of raw observations ``[M, B, O]`` and actions; 0 without a guardian."""
+        if self.guardian is None:
+            return observations.new_zeros(observations.shape[:2])
+        if self.outside is None:
+            return self.guardian.is_ood(observations, actions).to(observations.dtype)
+        return self.outside[self._row(observations), actions].to(observations.dtype)
+
+    def allowed(self, observations: Tensor, actions: int) -> Tensor:
+        """``[M, B, actions]`` bool: which actions a mask leaves."""
+        if self.permitted is None:
+            return permitted(self.guardian, observations, actions)
+        return self.permitted[self._row(observations)]
+
+    def draw(self, count: int, random: MemberRandom) -> Tensor:
+        """Raw observations ``[M, count, O]`` to start from."""
+        return self.starts[random.integers(len(self.starts), count)]
+
+
+def permitted(guardian: Guardian, observations: Tensor, actions: int) -> Tensor:
+    """``[*, actions]`` bool: supported actions, or the best supported one where none is."""
+    every = torch.arange(actions, device=observations.device)
+    scores = guardian.score(observations.unsqueeze(-2), every)
+    inside = ~guardian.is_ood(observations.unsqueeze(-2), every)
+    best = every == scores.argmin(-1, keepdim=True)
+    return torch.where(inside.any(-1, keepdim=True), inside, best)
+
+
+class MaskedActor(nn.Module):
+    """A softmax over the actions that a guardian supports, in training and wherever it is used."""
+
+    def __init__(self, inner: CategoricalActor, guardian: Guardian, spec: Spec):
+        super().__init__()
+        self.inner, self.actions = inner, spec.action_dim
+        self._guardian = (guardian,)  # not a part: its tables are the agent's, once
+        size = spec.observation_dim
+        for name, values, default in (
+            ("shift", spec.observation_mean, 0.0),
+            ("scale", spec.observation_std, 1.0),
+        ):
+            values = torch.tensor(values or (default,) * size)
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, observations: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Log probabilities ``[M, B, actions]``; the mask is looked up unless it is given."""
+        if allowed is None:
+            raw = observations * self.scale + self.shift
+            allowed = permitted(self._guardian[0], raw, self.actions)
+        return self.inner(observations).masked_fill(~allowed, REFUSED).log_softmax(-1)
+
+    def mode(self, observations: Tensor) -> Tensor:
+        return self(observations).argmax(-1)
+
+    def sample(self, observations: Tensor, random: MemberRandom) -> Tensor:
+        return sample_categorical(self(observations), random)
+
+
+def sample_categorical(log_prob: Tensor, random: MemberRandom) -> Tensor:
+    """Actions ``[M, B]`` from log probabilities ``[M, B, actions]``, by Gumbel's trick."""
+    uniform = random.uniform(*log_prob.shape[1:]).clamp_min(1e-20)
+    return (log_prob - (-uniform.log()).log()).argmax(-1)
+
+
+class Rollout(NamedTuple):
+    """N episodes of at most H steps for each member, side by side."""
+
+    observations: Tensor  # [M, N, H, O], the agent's units
+    actions: Tensor  # [M, N, H, A] as drawn, or [M, N, H] int64
+    allowed: Tensor | None  # [M, N, H, actions] bool, under a mask
+    rewards: Tensor  # [M, N, H], raw
+    costs: Tensor  # [M, N, H, C], user units
+    ood: Tensor  # [M, N, H], 1 where the guardian calls the step unsupported
+    alive: Tensor  # [M, N, H], 1 until the episode is over; all that is above is 0 or void after it
+    ended: Tensor  # [M, N, H], 1 at the step that ended it; never 1 where H cut it
+    final: Tensor  # [M, N, O], agent's units: the state behind the last step
+
+    @property
+    def open(self) -> Tensor:
+        """``[M, N]``, 1 where an episode was cut by H."""
+        return self.alive[..., -1] * (1 - self.ended[..., -1])
+
+
+@torch.no_grad()
+def simulate(
+    model: Model,
+    world: World,
+    episodes: int,
+    horizon: int,
+    random: MemberRandom,
+    decide: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    normalise: Callable[[Tensor], Tensor],
+    *,
+    absorb: bool = False,
+    mask: int = 0,
+) -> Rollout:
+    """Play N = ``episodes`` episodes of H = ``horizon`` steps.
+
+    Args:
+        decide: from the agent's observations ``[M, N, O]`` and the mask to actions as drawn and
+            raw actions, which the model and the guardian are asked about.
+        normalise: raw observations to the agent's.
+        absorb: an unsupported step ends the episode; the model is then not believed about it, so
+            it has neither reward nor cost.
+        mask: number of actions, of which `decide` is given the supported ones; 0: no mask.
+    """
+    state = world.draw(episodes, random)
+    alive = state.new_ones(state.shape[:2])
+    steps = []
+    for _ in range(horizon):
+        seen = normalise(state)
+        allowed = world.allowed(state, mask) if mask else None
+        actions, raw = decide(seen, allowed)
+        outside = world.ood(state, raw) * alive
+        found = model.step(state, raw, random)
+        counts = alive * (1 - outside) if absorb else alive
+        ended = torch.maximum(found.terminals, outside) if absorb else found.terminals
+        ended = alive * ended
+        rewards, costs = found.rewards * counts, found.costs * counts[..., None]
+        steps.append((seen, actions, allowed, rewards, costs, outside, alive, ended))
+        alive = alive - ended
+        state = torch.where(alive[..., None] > 0, found.next_observations, state)
+    columns = [None if column[0] is None else torch.stack(column, 2) for column in zip(*steps)]
+    return Rollout(*columns, normalise(state))
+
+
+@torch.no_grad()
+def advantages(
+    signals: Tensor,
+    values: Tensor,
+    alive: Tensor,
+    ended: Tensor,
+    discount: Tensor | float,
+    weight: float,
+) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438) of K signals.
+
+        δ_t = x_t + γ n_t V(s_{t+1}) - V(s_t),   A_t = δ_t + γ λ n_t A_{t+1}
+
+    with n_t = 0 at the last step of an episode that ended; one that H cut goes on in V(s_H).
+
+    Args:
+        signals: ``[M, N, H, K]``, a reward or costs.
+        values: ``[M, N, H + 1, K]``, of every state and of the one behind the last step.
+        alive, ended: ``[M, N, H]``, as in `Rollout`.
+        discount: γ, a number or ``[M, 1, K]``. weight: λ.
+
+    Returns:
+        ``[M, N, H, K]``, 0 after an episode is over.
+    """
+    goes_on = (alive * (1 - ended))[..., None]
+    following = torch.zeros_like(values[:, :, 0])
+    found = []
+    for t in range(signals.shape[2] - 1, -1, -1):
+        kept = discount * goes_on[:, :, t]
+        delta = signals[:, :, t] + kept * values[:, :, t + 1] - values[:, :, t]
+        following = (delta + weight * kept * following) * alive[:, :, t, None]
+        found.append(following)
+    return torch.stack(found[::-1], 2)
+
+
+def discounting(discount: Tensor | float, horizon: int, like: Tensor) -> Tensor:
+    """γ^t for t < H as ``[M, 1, H, K]`` of γ ``[M, 1, K]`` (or a number)."""
+    powers = torch.arange(horizon, dtype=like.dtype, device=like.device)
+    base = torch.as_tensor(discount, dtype=like.dtype, device=like.device)
+    base = base.reshape(1, 1, 1) if base.dim() == 0 else base
+    return base.unsqueeze(2) ** powers[:, None]
+
+
+def ood_budget(probability: float, discount: Any, horizon: int) -> Any:
+    """β γ^H, to which the discounted number of unsupported steps V is to be held.
+
+    Of the first H steps none is discounted by more than γ^H, so by the union bound
+    Pr(an unsupported step before H) ≤ Σ_{h<H} E o_h ≤ γ^{-H} V ≤ β.
+    """
+    return probability * discount**horizon

@@ -1,0 +1,129 @@
+"""BC-Safe: which episodes are cloned by whom, and the update against a plain reference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from saferl.agents.bc_safe import BCSafe
+from saferl.data import Dataset
+from saferl.errors import SaferlError
+
+from .limited import actions_of, bare, constant, costly, make, trained
+from .reference import MEMBERS, Net, adam, descend, float64, member_of
+
+__all__ = ["float64"]
+
+
+def logged(costs=(0.0, 2.0, 4.0, 8.0), length: int = 10, copies: int = 5) -> Dataset:
+    """Episodes that spend one of ``costs`` evenly, by an action that grows with it; a fragment."""
+    each = np.repeat(np.tile(costs, copies), length)
+    n = len(each)
+    s = np.random.default_rng(0).normal(size=(n + 3, 1))
+    return Dataset.from_arrays(
+        s,
+        np.append(each / 10, [0.9] * 3)[:, None],
+        np.zeros(n + 3),
+        np.zeros(n + 3),
+        np.append(np.arange(n) % length == length - 1, [False] * 3),
+        s,
+        costs=np.append(each / length, [0.0] * 3),
+        action_low=(-1.0,),
+        action_high=(1.0,),
+        horizon=length,
+        id="logged",
+    )
+
+
+@pytest.mark.parametrize("member", range(len(MEMBERS)))
+def test_update_is_the_reference(float64, member):
+    limits = (0.7, 1.5)
+    agent = make(BCSafe, lr=1e-2, cost_limit=limits)
+    net = Net(agent.actor.mlp, member)
+    optimizer = adam(net, lr=1e-2)
+    shares = []
+    for step in range(4):
+        batch = costly(agent, step)
+        if step == 2:  # nothing passes
+            batch = batch._replace(costs=batch.costs + 9)
+        metrics = agent.update(batch)
+        own = member_of(batch, member)
+        rows = [i for i in range(len(own.costs)) if own.costs[i] <= limits[member]]
+        error = (net(own.observations).tanh() - own.actions) ** 2
+        loss = error[rows].mean() if rows else 0 * error.sum()
+        descend(optimizer, loss)
+        torch.testing.assert_close(metrics["actor_loss"][member], loss.detach())
+        shares.append(len(rows) / len(own.costs))
+        assert metrics["kept_share"][member].item() == pytest.approx(shares[-1])
+        net.assert_is(agent.actor.mlp, member)
+    assert shares[2] == 0 and 0 < max(shares) and any(0 < share < 1 for share in shares)
+
+
+def test_episodes_within_the_largest_limit_are_kept_and_carry_their_cost():
+    config = BCSafe.make_config({"cost_limit": [2.0, 4.0]})
+    rows = BCSafe.prepare(logged(), config)
+    assert len(rows.episodes) == 15 and rows.fragment is None
+    for start, stop in rows.episodes:
+        assert (rows.costs[start:stop] == 10 * rows.actions[start, 0]).all()
+    assert set(rows.costs.tolist()) == {0.0, 2.0, 4.0}  # a limit is kept by what costs as much
+    assert len(BCSafe.prepare(logged(), BCSafe.make_config({"cost_limit": math.inf}))) == 200
+
+
+def test_sums_that_round_keep_their_limit():
+    """Ten steps of 0.1 in float32 cost a little more than 1."""
+    dataset = logged(costs=(1.0,))
+    assert dataset.episode_costs()[0] > 1.0
+    assert len(BCSafe.prepare(dataset, BCSafe.make_config({"cost_limit": 1.0}))) == 50
+
+
+def test_each_member_clones_what_its_own_limit_lets_pass():
+    """One run for three limits, each of which has an action of its own."""
+    limits = (0.0, 2.0, 8.0)
+    agent, metrics = trained(BCSafe, logged(copies=30), 250, (5, 5, 5), lr=2e-3, cost_limit=limits)
+    expected = [np.mean([c / 10 for c in (0, 2, 4, 8) if c <= limit]) for limit in limits]
+    assert actions_of(agent.policy()).mean(1).tolist() == pytest.approx(expected, abs=0.06)
+    assert metrics["kept_share"].tolist() == pytest.approx([0.25, 0.5, 1.0], abs=0.06)
+
+
+def test_a_constant_action_is_acted():
+    agent, _ = trained(BCSafe, constant(0.8), 200, lr=5e-3)
+    assert (actions_of(agent.policy()) - 0.8).abs().max() < 0.03
+
+
+def test_what_passes_is_told():
+    config = BCSafe.make_config({"cost_limit": [2.0, 8.0]})
+    rows, lines = BCSafe.prepare(logged(), config), []
+    make(BCSafe, cost_limit=[2.0, 8.0]).fit(rows, lines.append)
+    assert lines == [
+        "cost limit 2: clones 10 episodes, 100 of the buffer's 200 rows",
+        "cost limit 8: clones 20 episodes, 200 of the buffer's 200 rows",
+    ]
+
+
+def test_bad_input():
+    def prepare(dataset, **settings):
+        return BCSafe.prepare(dataset, BCSafe.make_config(settings))
+
+    message = "no episode of logged costs 1.5 or less: the lowest cost of one is 2, so pass"
+    with pytest.raises(SaferlError, match=message):
+        prepare(logged(costs=(2.0, 8.0)), cost_limit=[1.5, 40.0])
+    with pytest.raises(SaferlError, match=r"logged has no costs: .*with_costs"):
+        prepare(bare(logged()))
+    with pytest.raises(SaferlError, match="logged has no complete episode"):
+        prepare(fragment())
+    for bad in (-1.0, math.nan, [5.0, -1.0]):
+        with pytest.raises(SaferlError, match="a cost limit is a number of 0 or more per episode"):
+            prepare(logged(), cost_limit=bad)
+    agent = make(BCSafe)
+    with pytest.raises(SaferlError, match="the batch has no costs"):
+        agent.update(costly(agent)._replace(costs=None))
+
+
+def fragment() -> Dataset:
+    """Rows without the end of an episode."""
+    arrays = logged()._arrays()
+    arrays = {name: array[-3:] for name, array in arrays.items()}
+    return Dataset(**arrays, card=logged().card)

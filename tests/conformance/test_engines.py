@@ -1,0 +1,52 @@
+"""Every agent on every engine: equal to eager over 1,000 updates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saferl.training.engine import Engine
+
+from .test_agents import Setup, cls
+
+__all__ = ["cls"]
+
+UPDATES = 1000
+
+
+def trained(cls, kind: str, device: str = "cpu") -> tuple[dict, dict]:
+    """State and mean metrics after `UPDATES` updates, in two calls of `Engine.run`."""
+    setup = Setup(cls, device=device)
+    engine = Engine(setup.agent, setup.buffer, kind)
+    engine.run(37)
+    engine.run(UPDATES - 37)
+    return setup.agent.state_dict() | engine.state_dict(), engine.read()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # a compiler runs for each of about eight graphs
+def test_compiled_is_eager_to_rounding(cls):
+    """Compiled code sums in another order: 1e-7 an update, which training amplifies."""
+    expected, metrics = trained(cls, "eager")
+    state, ours = trained(cls, "compile")
+    assert state.keys() == expected.keys()
+    for key, tensor in state.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4, msg=key)
+        else:
+            assert torch.equal(tensor, expected[key]), key  # counters and random streams
+    for key, value in metrics.items():
+        assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replayed_is_eager_to_the_bit(cls):
+    """A graph replays the very kernels that eager launches, from the same random streams."""
+    expected, metrics = trained(cls, "eager", "cuda")
+    state, ours = trained(cls, "cuda_graph", "cuda")
+    assert state.keys() == expected.keys()
+    for key, tensor in state.items():
+        assert torch.equal(tensor, expected[key]), key
+    for key, value in metrics.items():
+        assert (ours[key] == value).all(), key
