@@ -287,17 +287,21 @@ class Evaluator:
         if getattr(policy, "spec", None) is not None:
             self.check(policy.spec)
         slots, per_member = self._slots, self._per_member
-        choose = _chooser(policy)
+        choose, guard = _chooser(policy), getattr(policy, "observe", None)  # a Shield's
         returns, costs = np.zeros((members, self.episodes)), np.zeros((members, self.episodes))
         lengths = np.zeros((members, self.episodes), np.int64)
         owner = np.repeat(np.arange(members), per_member)
         slots.begin(seed)
         for slot in range(len(owner)):
             slots.start(slot, slot % per_member)
+        if guard:
+            policy.reset(np.ones(len(owner), bool))
         with _bar(members * self.episodes, "evaluating", "episode", progress) as bar:
             while slots.running.any():
                 ran = slots.running.copy()
                 ended = slots.step(slots.act(choose, members))
+                if guard:
+                    guard(slots.costs, ~slots.running)
                 at = owner[ran], slots.episode[ran]
                 returns[at] += slots.rewards[ran]
                 costs[at] += slots.costs[ran]
@@ -307,6 +311,13 @@ class Evaluator:
                     following = int(slots.episode[slot]) + per_member
                     if following < self.episodes:
                         slots.start(slot, following)
+                if guard:
+                    policy.reset(np.isin(np.arange(len(owner)), ended) & slots.running)
+        if guard and policy.cost_limit is not None and not slots.has_costs:
+            raise SaferlError(
+                "the shield has a cost limit but the environment reports no cost: wrap it in "
+                "saferl.envs.CostWrapper"
+            )
         return Episodes(returns, costs if slots.has_costs else None, lengths, slots.name, seed)
 
     def close(self) -> None:

@@ -348,6 +348,22 @@ def test_report_by_hand(name):
     assert report["rollout_cost_bias_2"] == pytest.approx(2)
 
 
+def test_report_of_a_model_that_ends_too_early():
+    def counted(steps: int, terminal: bool, extra: float) -> Dataset:
+        s, last = np.arange(float(steps)), np.arange(steps) == steps - 1
+        return Dataset.from_arrays(
+            s[:, None], np.zeros(steps, int), s, last & terminal, last & (not terminal),
+            s[:, None] + 1, 2 * s + extra, n_actions=2,
+        )  # fmt: skip
+
+    model = make_model("knn", seeds(), DISCRETE).fit(counted(5, True, 0.0), seeds())
+    report = model.validate(counted(7, False, 1.0), seeds(), steps=(4, 7))
+    assert report["rollout_alive_4"] == 1 and report["rollout_error_4"] == 0
+    assert report["rollout_alive_7"] == 0 and report["rollout_alive_7_logged"] == 1
+    assert "rollout_error_7" not in report  # there is nothing to compare
+    assert report["rollout_cost_bias_7"] == -5  # the five steps that both lived
+
+
 def test_several_costs():
     dataset, outcome = logged()
     costs = np.stack([dataset.costs, 10 - dataset.costs], 1)
