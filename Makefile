@@ -3,7 +3,7 @@
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: train test test-slow bench lint
+.PHONY: train test test-slow bench bench-gpu lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,9 @@ test-slow: .venv/installed
 bench: .venv/installed
 	.venv/bin/python benchmarks/throughput.py
 	.venv/bin/python benchmarks/scores.py
+
+bench-gpu: .venv/installed
+	.venv/bin/python benchmarks/throughput.py --device cuda
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -60,7 +60,9 @@ class Agent:
     Config: ClassVar[type[AgentConfig]] = AgentConfig
     discrete: ClassVar[bool] = False  # the action space the method is for
     variants: ClassVar[frozenset[str]] = frozenset()  # fields that may differ between members
-    needs_costs: ClassVar[bool] = False
+    needs_costs: ClassVar[bool] = False  # whether it cannot learn from data without costs
+    # Prefixes of state keys whose tensors all members share; every other has the member axis first.
+    shared: ClassVar[frozenset[str]] = frozenset()
     actor: nn.Module
 
     def __init__(

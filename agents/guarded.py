@@ -67,7 +67,9 @@ class OGSRLConfig(CostConfig):
     curvature_share: float = 0.5  # of the played episodes that the curvature is taken from
     critic_lr: float = 1e-3
     critic_updates: int = 10  # regression steps per update, each on all steps played
-    multiplier_lr: float = 0.05  # ppo_lag
+    multiplier: str = "pid"  # ppo_lag: how λ moves
+    multiplier_lr: float = 0.1  # gain of the integral of the relative excess in [-1, 1]
+    multiplier_kp: float = 2.0  # gain of the excess itself, without which the policy swings
     multiplier_max: float = 20.0
     actor_lr: float = 1e-3  # ppo_lag, and cloning
     epochs: int = 10  # ppo_lag: steps per update, each on all steps played

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from saferl.evaluation import evaluate
     from saferl.nn import Policy
     from saferl.registry import make_env, register_agent, register_dataset
-    from saferl.training import load_agent, make_agent, resume, train
+    from saferl.training import load_agent, make_agent, merge, resume, split, train
 
 __version__ = "0.1.0"
 
@@ -36,9 +36,11 @@ _HOMES = {
     "load_dataset": "saferl.data",
     "make_agent": "saferl.training",
     "make_env": "saferl.registry",
+    "merge": "saferl.training",
     "register_agent": "saferl.registry",
     "register_dataset": "saferl.registry",
     "resume": "saferl.training",
+    "split": "saferl.training",
     "train": "saferl.training",
 }
 __all__ = [
@@ -52,9 +54,11 @@ __all__ = [
     "load_dataset",
     "make_agent",
     "make_env",
+    "merge",
     "register_agent",
     "register_dataset",
     "resume",
+    "split",
     "train",
 ]
 

@@ -112,6 +112,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     p.add_argument("--output", type=Path, help="default: report.html in the first run")
 
+    p = command("split", _split, "Write each member of a run as a run folder of its own.")
+    p.add_argument("path", type=Path, metavar="RUN")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR",
+                   help="receives member-0, …; is the run folder itself with --member")  # fmt: skip
+    p.add_argument("--member", type=int, help="this one alone, counted from 0")
+
+    p = command("merge", _merge, "Write the members of several runs as one run folder.")
+    p.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run folder to write")
+
     p = command("collect", _collect, "Roll out a run's policy, or random actions, into a dataset.")
     p.add_argument("source", metavar="RUN|random")
     p.add_argument("output", type=Path, help="file to write (.npz or .hdf5)")
@@ -306,6 +316,19 @@ def _report(options) -> None:
 
     output = options.output or options.runs[0] / "report.html"
     print(write_report(options.runs, output))
+
+
+def _split(options) -> None:
+    from saferl.training import split
+
+    for path in split(options.path, options.out, options.member):
+        print(path)
+
+
+def _merge(options) -> None:
+    from saferl.training import merge
+
+    print(merge(options.runs, options.out))
 
 
 def _collect(options) -> None:

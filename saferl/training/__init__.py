@@ -1,5 +1,6 @@
 """Training: the loop, its engines, run folders and configurations."""
 
+from saferl.training.members import merge, split
 from saferl.training.train import Run, load_agent, make_agent, resume, train
 
-__all__ = ["Run", "load_agent", "make_agent", "resume", "train"]
+__all__ = ["Run", "load_agent", "make_agent", "merge", "resume", "split", "train"]

@@ -98,6 +98,8 @@ class Engine:
         self._counts: dict[str, int] = {}
         self._learn = Compiled(agent) if self.kind == "compile" else None
         self._graphs: dict[tuple[Hashable, ...], Recorded | None] = {}
+        # All graphs work in the same memory: what outlives an update was allocated before them.
+        self.pool = torch.cuda.graph_pool_handle() if self.kind == "cuda_graph" else None
 
     def run(self, steps: int) -> None:
         """``steps`` gradient updates; on a GPU they may still be under way on return."""
@@ -206,7 +208,7 @@ class Recorded:
                 for generator in random.generators:
                     self.graph.register_generator_state(generator)
         counts, updates = dict(engine._counts), agent.updates
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=engine.pool):
             for _ in range(size):
                 engine._update()
         # Nothing has run yet: take back what recording counted.

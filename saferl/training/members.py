@@ -138,7 +138,7 @@ class _Source:
 
     def is_shared(self, key: str) -> bool:
         """Whether a tensor of the state is one that all members share."""
-        prefixes = getattr(self.agent, "shared", frozenset())
+        prefixes = self.agent.shared
         return any(f"{key}.".startswith(f"agent.{prefix.rstrip('.')}.") for prefix in prefixes)
 
     def _check(self, key: str, tensor: Tensor) -> None:

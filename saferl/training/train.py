@@ -22,6 +22,7 @@ from saferl.spec import Spec
 from saferl.training.configs import published, resolve
 from saferl.training.engine import Engine, check_precision, part, pick_engine
 from saferl.training.loop import Loop, Run
+from saferl.training.memory import announce, is_out_of_memory
 from saferl.training.online import OnlineEngine
 from saferl.training.run import RunFolder
 
@@ -249,11 +250,13 @@ def _execute(
         if dataset is None:
             probe = make_env(env)
             stack.callback(probe.close)
-            agent = cls(
-                Spec.from_spaces(probe.observation_space, probe.action_space),
-                config, seeds, device, plan["precision"],
+            spec = Spec.from_spaces(probe.observation_space, probe.action_space)
+            need = announce(
+                say, cls, spec, config, seeds, plan["steps"], device, plan["precision"],
+                own_rows=True,
             )  # fmt: skip
-            engine: Engine = OnlineEngine(agent, lambda: make_env(env), plan["steps"], seeds, say)
+            agent = cls(spec, config, seeds, device, plan["precision"])
+            engine: Engine = OnlineEngine(agent, lambda: make_env(env), plan["steps"], seeds)
         else:
             card = {
                 "card": dataset.card.to_dict(),
@@ -264,16 +267,31 @@ def _execute(
             for line in limit_warnings(dataset, plan["cost_limits"]):
                 say(f"warning: {line}")
             rows = cls.prepare(dataset, config)
-            agent = cls(Spec.from_dataset(rows, config), config, seeds, device, plan["precision"])
+            spec = Spec.from_dataset(rows, config)
             if evaluator is not None:
-                evaluator.check(agent.spec)
-            buffer = ReplayBuffer.from_dataset(rows, agent.spec, seeds, device, memory_map, say)
+                evaluator.check(spec)
+            need = announce(
+                say, cls, spec, config, seeds, len(rows), device, plan["precision"],
+                costs=rows.costs is not None, memory_map=memory_map is not None, dataset=rows,
+            )  # fmt: skip
+            agent = cls(spec, config, seeds, device, plan["precision"])
+            file_said = say if memory_map is not None else _silent  # the rest is in `need`'s line
+            buffer = ReplayBuffer.from_dataset(rows, spec, seeds, device, memory_map, file_said)
             engine = Engine(agent, buffer, engine_kind)
             if not resumed:
                 agent.fit(rows, say)
         if not resumed:
             folder = RunFolder.create(folder.path, plan, card)
-        return Loop(folder, plan, agent, engine, evaluator, say, progress).run(resumed)
+        loop = Loop(folder, plan, agent, engine, evaluator, say, progress)
+        try:
+            run = loop.run(resumed)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise need.out_of_memory(loop.step, folder.path if folder.steps() else None) from error
+        if (line := need.peak()) is not None:
+            say(line)
+        return run
 
 
 def load_agent(run: str | Path, step: int | None = None, device: str = "cpu"):

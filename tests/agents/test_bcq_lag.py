@@ -217,7 +217,7 @@ def test_samples_stay_within_reach_of_the_prior():
 def test_limits_are_kept_side_by_side():
     limits = [0.5, 2.0, 5.0]
     agent, metrics = trained(
-        BCQLag, toy(), 400, (5, 5, 5), vae_hidden=[24, 24], samples=2, perturbation=1.0,
+        BCQLag, toy(60), 300, (5, 5, 5), vae_hidden=[16, 16], samples=2, perturbation=1.0,
         discount=0.5, cost_discount=0.5, cost_limit=limits, tau=0.05, critic_lr=3e-3, actor_lr=2e-3,
         multiplier_kp=1.0, multiplier_ki=0.03,
     )  # fmt: skip

@@ -42,7 +42,7 @@ def make(members=MEMBERS, **settings):
 @pytest.mark.parametrize("member", range(len(MEMBERS)))
 @pytest.mark.parametrize("heads", [2, 4])
 def test_updates_are_the_reference(float64, member, heads):
-    gamma, gamma_c, clip = 0.95, 0.9, 1.2 if heads == 2 else 100.0
+    gamma, gamma_c, clip = 0.95, 0.9, 0.9 if heads == 2 else 100.0
     agent = make(
         heads=heads, discount=gamma, cost_discount=gamma_c, expectile=0.8, cost_expectile=0.6,
         beta=2.0, cost_beta=1.5, advantage_clip=clip, actor_decay_steps=10, **RATES,
@@ -120,7 +120,7 @@ def test_updates_are_the_reference(float64, member, heads):
             costs[e].assert_is(agent.actor.cost_critic.mlp, member, e)
             critic_targets[e].assert_is(agent.critic_target.mlp, member, e)
             cost_targets[e].assert_is(agent.cost_critic_target.mlp, member, e)
-    assert (clipped > 0) == (clip == 1.2) and signs == {True, False}
+    assert (clipped > 0) == (clip == 0.9) and signs == {True, False}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_the_rule():
 def learner():
     """A CAPS agent of two members trained once on the toy, without any limit."""
     agent, _ = trained(
-        CAPS, toy(), 400, (5, 6), heads=2, discount=0.5, cost_discount=0.5, cost_beta=10.0,
+        CAPS, toy(60), 300, (5, 6), heads=2, discount=0.5, cost_discount=0.5, cost_beta=10.0,
         beta=10.0, actor_lr=3e-3, critic_lr=3e-3, value_lr=3e-3, tau=0.05, actor_decay_steps=0,
     )  # fmt: skip
     return agent
@@ -293,7 +293,7 @@ def test_the_tracked_rule_is_caps_s(float64):
 
 def test_a_constant_action_is_acted():
     agent, _ = trained(CAPS, constant(0.8), 150, actor_lr=3e-3, actor_decay_steps=0)
-    assert (actions_of(agent.policy()) - 0.8).abs().max() < 0.05
+    assert (actions_of(agent.policy()) - 0.8).abs().mean() < 0.03
     states = torch.zeros(1, 500, 1)
     with torch.no_grad():
         agent.actor.heads.log_std.fill_(-3.0)

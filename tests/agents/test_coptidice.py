@@ -38,7 +38,7 @@ def silent(line: str) -> None:
     pass
 
 
-def make(members=MEMBERS, slope: float = 3.0, **settings):
+def make(members=MEMBERS, slope: float = 5.0, **settings):
     """An agent that has seen `walk`; ``slope`` makes ν and χ steep enough for their penalty."""
     agent = make_any(COptiDICE, members, **{"alpha": 0.5, "lr": 1e-2, "actor_lr": 1e-2} | settings)
     agent.fit(walk(), silent)
@@ -240,10 +240,10 @@ def test_limits_are_kept_side_by_side():
     """The weighted data cost what the limit allows, and earn more the more it allows."""
     limits = [0.5, 1.0, 3.0]
     agent, metrics = trained(
-        COptiDICE, toy(), 700, (5, 5, 5), discount=0.5, alpha=0.1, lr=1e-2, actor_lr=3e-3,
-        cost_limit=limits, batch_size=128,
+        COptiDICE, toy(60), 300, (5, 5, 5), discount=0.5, alpha=0.1, lr=2e-2, actor_lr=3e-3,
+        cost_limit=limits,
     )  # fmt: skip
-    assert metrics["cost_estimate"].tolist() == pytest.approx(limits, rel=0.2)
+    assert metrics["cost_estimate"].tolist() == pytest.approx(limits, rel=0.15)
     price = metrics["multiplier"]
     assert price[0] > price[1] > price[2]
     actions = actions_of(agent.policy()).mean(1)

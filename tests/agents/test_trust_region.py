@@ -179,7 +179,7 @@ def test_members_do_not_depend_on_each_other():
 
 
 def test_conjugate_gradient_solves(float64):
-    h, g, _, _ = (torch.from_numpy(x) for x in problems(count=20))
+    h, g, _, _ = (torch.from_numpy(x) for x in problems(count=100))
     g[3] = 0
 
     def product(v: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def test_line_search_accepts_by_member(order):
     #        reward  cost  KL    excess   scale that is accepted
     cases = [
         (1.0, 0.0, 0.5, -1.0, 1.0),
-        (1.0, 0.0, 1.7, -1.0, SHRINK**3),  # 1.7 x² ≤ 1
+        (1.0, 0.0, 1.7, -1.0, SHRINK**2),  # 1.7 x² ≤ 1
         (1.0, 1.0, 0.5, -0.7, SHRINK**2),  # x ≤ 0.7
         (1.0, 1.0, 0.5, 0.3, 0.0),  # above its budget, and going up
         (-1.0, -1.0, 0.5, 0.3, 1.0),  # above its budget, paying to come down
@@ -244,7 +244,7 @@ def test_line_search_accepts_by_member(order):
 
     def evaluate() -> Surrogates:
         x = parameter[:, 0, 0]
-        assert torch.equal(other[:, 0] - 1, 2 * x)
+        torch.testing.assert_close(other[:, 0] - 1, 2 * x)
         return Surrogates(reward * x, cost * x, kl * x.square())
 
     step = torch.tensor([[1.0, 2.0, 0.0]]).expand(len(cases), -1)
