@@ -234,7 +234,7 @@ class A2PR(CostLimited, Agent):
             with torch.no_grad():
                 candidate = self.vae.decode(observations, noise.clamp(-0.5, 0.5))
         else:
-            candidate, _, _ = self.vae(observations, proposed, noise)
+            candidate, _, _ = self.vae(observations, proposed, noise, frozen=True)
         with torch.no_grad():
             candidate_q = self.critic(observations, candidate, elements=1)[:, 0]
             if weights is not None:

@@ -151,8 +151,8 @@ class BCQLag(Limited, Agent):
         self.minimise(self.cost_optimizer, cost_loss)
 
         proposed = self.actor.act(s, self._noise(s))
-        value = self.critic(s, proposed).amin(1).mean(-1)
-        cost = self.cost_critic(s, proposed).amax(1).mean(-1)
+        value = self.critic(s, proposed, frozen=True).amin(1).mean(-1)
+        cost = self.cost_critic(s, proposed, frozen=True).amax(1).mean(-1)
         excess = cost - self.budget
         self.multipliers.update(excess.detach()[:, None])
         price = self.multipliers.value()[:, 0]

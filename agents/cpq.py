@@ -142,7 +142,7 @@ class CPQ(Limited, Agent):
             self.log_alpha.add_(step).clamp_(-LOG_ALPHA, LOG_ALPHA)
 
         proposed = self.actor.sample(s, self.random)
-        value = self.critic(s, proposed).amin(1)
+        value = self.critic(s, proposed, frozen=True).amin(1)
         with torch.no_grad():
             cost = self.cost_critic(s, proposed)
             safe = (cost <= budget).to(value)

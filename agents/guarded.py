@@ -62,7 +62,7 @@ class OGSRLConfig(CostConfig):
     margin_models: int = 5  # resampled models for ε̄; 0: ε̄ = 0
     gae: float = 0.95  # λ of the advantages
     kl: float = 0.01  # δ, of a trust-region step
-    damping: float = 0.1  # added to the curvature
+    damping: float = 0.01  # added to the curvature
     cg_iterations: int = 10
     curvature_share: float = 0.5  # of the played episodes that the curvature is taken from
     critic_lr: float = 1e-3

@@ -60,7 +60,8 @@ class _Learner(Guarded):
             raise SaferlError("the agent is not fitted: call fit(dataset, say) before it learns")
         names = self.limits.names
         rollout = self._play(self.models[0])
-        signals, values = self._signals(rollout), self._values(rollout)
+        values = self._values(rollout)
+        signals = self._signals(rollout, values)
         found = advantages(
             signals, values, rollout.alive, rollout.ended, self._discounts, self.config.gae
         )
@@ -77,7 +78,8 @@ class _Learner(Guarded):
             cost = totals[:, -1]
             if len(self.models) > 1:
                 other = self._play(self.models[1 + self.now])
-                played = self._totals(other, self._signals(other), self._values(other))
+                beyond = self._values(other)
+                played = self._totals(other, self._signals(other, beyond), beyond)
                 self.limits.observe(self.now, played[:, -1] - cost)
             metrics["predicted_cost"] = cost / self.limits.unit
             metrics["margin"] = self.limits.margin() / self.limits.unit
@@ -92,16 +94,22 @@ class _Learner(Guarded):
             lambda raw: (raw - self._mean) / self._std, absorb=self.absorbs, mask=self.mask,
         )  # fmt: skip
 
-    def _signals(self, rollout: Rollout) -> Tensor:
-        """``[M, N, H, K]``: the agent's reward, then the cost of each constraint."""
-        c, spec, ood = self.config, self.spec, rollout.ood
-        counted = rollout.alive * (1 - ood) if self.absorbs else rollout.alive
+    def _signals(self, rollout: Rollout, values: Tensor) -> Tensor:
+        """``[M, N, H, K]``: the agent's reward, then the cost of each constraint.
+
+        Where an unsupported step ends the episode nothing more is earned, but leaving the data is
+        no way to be spared a cost: what the critic expects of the state is charged.
+        """
+        c, spec, ood, counted = self.config, self.spec, rollout.ood, rollout.alive
+        costs = {"ood": ood, "cost": rollout.costs.sum(-1)}
+        if self.absorbs:
+            counted = counted * (1 - ood)
+            costs["cost"] = costs["cost"] + ood * values[:, :, :-1, -1].clamp_min(0)
         reward = spec.reward_scale * rollout.rewards + spec.reward_shift * counted
         if c.ood_mode == "penalty":
             # At every step from the unsupported one to H, as a sum at that step.
             powers = discounting(self._discounts[..., :1], c.horizon, ood)[..., 0]
             reward = reward - c.ood_penalty * ood * powers.cumsum(-1).flip(-1)
-        costs = {"ood": ood, "cost": rollout.costs.sum(-1)}
         return torch.stack([reward, *(costs[name] for name in self.limits.names)], -1)
 
     @torch.no_grad()

@@ -35,21 +35,27 @@ class VAE(nn.Module):
         self.decoder = MLP(init, (observation_dim + self.latent_dim, *hidden, action_dim))
         self.bounds = (log_std_min, log_std_max)
 
-    def encode(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, observations: Tensor, actions: Tensor, frozen: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """μ and log σ, each ``[M, B, Z]``, of actions ``[M, B, A]`` at ``[M, B, O]``."""
-        mean, log_std = self.encoder(torch.cat((observations, actions), -1))[:, 0].chunk(2, -1)
+        heads = self.encoder(torch.cat((observations, actions), -1), frozen=frozen)[:, 0]
+        mean, log_std = heads.chunk(2, -1)
         return mean, log_std.clamp(*self.bounds)
 
-    def decode(self, observations: Tensor, latents: Tensor) -> Tensor:
+    def decode(self, observations: Tensor, latents: Tensor, frozen: bool = False) -> Tensor:
         """Actions ``[M, B, A]`` of latents ``[M, B, Z]``."""
-        return self.decoder(torch.cat((observations, latents), -1))[:, 0].tanh()
+        return self.decoder(torch.cat((observations, latents), -1), frozen=frozen)[:, 0].tanh()
 
     def forward(
-        self, observations: Tensor, actions: Tensor, noise: Tensor
+        self, observations: Tensor, actions: Tensor, noise: Tensor, frozen: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The actions as decoded from z = μ + σ · noise ``[M, B, Z]``, and μ and log σ."""
-        mean, log_std = self.encode(observations, actions)
-        return self.decode(observations, mean + log_std.exp() * noise), mean, log_std
+        """The actions as decoded from z = μ + σ · noise ``[M, B, Z]``, and μ and log σ.
+
+        ``frozen`` where the loss moves what chose the actions, not the VAE.
+        """
+        mean, log_std = self.encode(observations, actions, frozen)
+        return self.decode(observations, mean + log_std.exp() * noise, frozen), mean, log_std
 
     @staticmethod
     def divergence(mean: Tensor, log_std: Tensor) -> Tensor:

@@ -95,7 +95,9 @@ class Reference:
             rewards = agent.spec.reward_scale * rollout.rewards[member, n, :steps]
             columns = [rewards.tolist(), ood]
             if len(discounts) == 3:
-                columns.append(rollout.costs[member, n, :steps, 0].tolist())
+                cost = rollout.costs[member, n, :steps, 0].tolist()
+                spared = [max(self.critics[2](s).item(), 0.0) for s in states]
+                columns.append([c + o * v for c, o, v in zip(cost, ood, spared)])
             all_advantages, all_targets = [], []
             for k, (critic, gamma) in enumerate(zip(self.critics, discounts)):
                 v = [critic(s).item() for s in states]
@@ -403,7 +405,7 @@ def test_a_penalty_is_paid_from_the_step_to_the_horizon():
     agent = make(True, optimiser="trpo", ood_mode="penalty", ood_penalty=7.0, discount=0.9,
                  horizon=5, reward_scale=2.0, reward_shift=-1.0)  # fmt: skip
     rollout = agent._play(agent.models[0])
-    signals = agent._signals(rollout)[..., 0]
+    signals = agent._signals(rollout, agent._values(rollout))[..., 0]
     seen = set()
     for m, n in np.ndindex(2, 6):
         for t in range(5):
@@ -585,7 +587,8 @@ def test_the_ood_budget_bounds_the_chance_of_leaving(absorb):
 def test_the_estimate_of_the_agent_bounds_the_share_that_leaves(mode):
     agent = make(True, ood_mode=mode, episodes=300, horizon=8, discount=0.95)
     rollout = agent._play(agent.models[0])
-    totals = agent._totals(rollout, agent._signals(rollout), agent._values(rollout))
+    values = agent._values(rollout)
+    totals = agent._totals(rollout, agent._signals(rollout, values), values)
     left = (rollout.ood.sum(-1) > 0).float().mean(-1)
     value = (rollout.ood * 0.95 ** torch.arange(8)).sum(-1).mean(-1)
     torch.testing.assert_close(totals[:, 1], value)

@@ -19,7 +19,7 @@ from saferl.nn import (
     torch_default,
     xavier,
 )
-from saferl.nn.mlp import _ScalarHead, _Spread
+from saferl.nn.mlp import _NarrowHead, _Spread
 from saferl.rng import MemberRandom
 
 M, E, B, K = 3, 2, 5, 4
@@ -108,9 +108,12 @@ def test_many_of_critics():
 
 def test_own_derivatives():
     """Against finite differences, also where only some inputs need a gradient."""
-    x, w = normal(2, B, 3).requires_grad_(), normal(2, 3, 1, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(_ScalarHead.apply, (x, w))
-    assert torch.autograd.gradcheck(_ScalarHead.apply, (x.detach(), w))
+    for columns in (1, 4):
+        x = normal(2, B, 3).requires_grad_()
+        w = normal(2, 3, columns, seed=1).requires_grad_()
+        assert torch.autograd.gradcheck(_NarrowHead.apply, (x, w))
+        assert torch.autograd.gradcheck(_NarrowHead.apply, (x.detach(), w))
+        assert torch.autograd.gradcheck(_NarrowHead.apply, (x, w.detach()))
     base = normal(2, B, 6, seed=2).requires_grad_()
     y, w = normal(2, B * K, 3, seed=3).requires_grad_(), normal(2, 3, 6, seed=4).requires_grad_()
     assert torch.autograd.gradcheck(_Spread.apply, (base, y, w))

@@ -1,0 +1,298 @@
+"""OGSRL's variants on ICU-Sepsis, learned from logged episodes and evaluated exactly.
+
+    python benchmarks/ogsrl.py --iterations 500        about two hours on one core
+
+20 000 episodes of clinicians; a cost of 1 per step with a SOFA score of 10 or more, and a budget of
+0.592 per patient, 0.8 of the clinicians'. Each method trains five members from a clone of the
+clinicians, with the dose columns among the observations and without. The learned policies are
+stochastic, and their survival, cost and share of inadmissible steps follow from the benchmark's
+tables without sampling; so does what their own model promises of them.
+
+Writes results/ogsrl.json, .md and .png. Interrupted, it goes on at the last checkpoint of the cell
+that it was in; cells that are done are kept (--fresh starts over).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+
+from saferl.agents.bc import DiscreteBC
+from saferl.agents.ogsrl import DiscreteOGSRL
+from saferl.data.buffer import ReplayBuffer
+from saferl.envs import icu_sepsis as icu
+from saferl.safety.tabular import exact_evaluate, plan_constrained
+from saferl.spec import Spec
+
+BUDGET = 0.592
+OPTIMUM = 0.8711  # best survival within the budget
+CLONE = 3000  # updates, of the clone that all begin with and of BC
+EVERY = 25  # iterations between two points of a curve, and between checkpoints
+PROMISE = 0.99999  # discount of the model's own values: its episodes may last long
+SETTINGS: dict[str, Any] = {
+    "hidden": [64, 64],
+    "clone_updates": CLONE,
+    "model": "tabular",
+    "levels": [icu.LEVELS, icu.LEVELS],
+    "guardian": "kde",
+    "guardian_options": "bandwidth=0.15 scaling=minmax neighbours=none",
+    "alpha": 0.15,
+    "calibration": 0.25,
+    "episodes": 128,
+    "horizon": 30,
+    "discount": 0.999,  # the reward, survival, comes last: a patient in a hurry is no better off
+    "cost_discount": 1.0,
+    "ood_probability": 0.15,  # 0.06 of the episodes meet a state without a supported action
+}
+LIMIT = {"cost_limit": BUDGET}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "BC": None,
+    "MB-TRPO": {"optimiser": "trpo", "guardian": "none"},
+    "MB-CPO": {"guardian": "none"} | LIMIT,
+    "GMB-CPO": LIMIT,
+    "GMB-PPO-Lag": {"optimiser": "ppo_lag"} | LIMIT,
+}
+NAMES = ("survival", "cost", "ood_rate", "promised", "promised_cost")
+
+
+def policies(agent: Any, observations: torch.Tensor) -> np.ndarray:
+    """Probabilities ``[M, S, 25]`` in states ``[S, O]``."""
+    spec = agent.spec
+    seen = torch.from_numpy(spec.observations(observations.numpy()))
+    with torch.no_grad():
+        table = agent.actor(seen.expand(agent.members, -1, -1)).double().exp()
+    return (table / table.sum(-1, keepdim=True)).numpy()
+
+
+def evaluate(agent: Any, doses: bool) -> list[dict[str, float]]:
+    """Of each member the exact values, and what its model promises where it has one."""
+    table = policies(agent, torch.from_numpy(icu.observations(doses=doses)))
+    rows = []
+    for policy in table:
+        truth = exact_evaluate(icu.mdp("mean"), policy)
+        rows.append({"survival": truth.value, "cost": truth.costs["sofa10"],
+                     "ood_rate": truth.ood_rate, "length": truth.length})  # fmt: skip
+    if isinstance(agent, DiscreteOGSRL):
+        model = agent.models[0]
+        mdp = model.mdp(["sofa10"] if model.costs else [])
+        for row, policy in zip(rows, policies(agent, model.states)):
+            ends = np.full((mdp.states - len(policy), icu.ACTIONS), 1 / icu.ACTIONS)
+            own = exact_evaluate(mdp, np.concatenate([policy, ends]), PROMISE)
+            row["promised"] = own.value
+            if model.costs:
+                row["promised_cost"] = own.costs["sofa10"]
+    return rows
+
+
+def train_bc(dataset: Any, members: int, updates: int) -> DiscreteBC:
+    config = DiscreteBC.make_config({"hidden": SETTINGS["hidden"], "lr": 1e-3,
+                                     "normalize_observations": False})  # fmt: skip
+    spec = Spec.from_dataset(dataset, config)
+    agent = DiscreteBC(spec, config, members)
+    buffer = ReplayBuffer.from_dataset(dataset, spec, agent.seeds)
+    for _ in range(updates):
+        agent.update(buffer.sample(config.batch_size))
+    return agent
+
+
+def train(name: str, dataset: Any, doses: bool, options: Any, checkpoint: Path) -> dict[str, Any]:
+    """One cell: the curve of exact values, the last ones, and the last metrics."""
+    began = time.perf_counter()
+    updates = min(CLONE, options.clone)
+    if METHODS[name] is None:
+        agent = train_bc(dataset, options.members, updates)
+        return {"members": evaluate(agent, doses), "curve": [],
+                "seconds": time.perf_counter() - began}  # fmt: skip
+    settings = SETTINGS | METHODS[name] | {"clone_updates": updates, "episodes": options.played}
+    config = DiscreteOGSRL.make_config(settings)
+    agent = DiscreteOGSRL(Spec.from_dataset(dataset, config), config, options.members)
+    curve: list[dict[str, Any]] = []
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        agent.load_state_dict(saved["state"])
+        curve, began = saved["curve"], began - saved["seconds"]
+        print(f"  continued at iteration {agent.updates}", flush=True)
+    else:
+        agent.fit(dataset, lambda line: print(f"  {line}", flush=True))
+        curve.append({"iteration": 0, "rows": evaluate(agent, doses), "metrics": {}})
+    sums: dict[str, torch.Tensor] = {}
+    while agent.updates < options.iterations:
+        for key, value in agent.update(None).items():
+            sums[key] = sums.get(key, 0) + value
+        if agent.updates % EVERY == 0 or agent.updates == options.iterations:
+            since = agent.updates - curve[-1]["iteration"]
+            metrics = {key: (value / since).tolist() for key, value in sums.items()}
+            rows, sums = evaluate(agent, doses), {}
+            curve.append({"iteration": agent.updates, "rows": rows, "metrics": metrics})
+            seconds = time.perf_counter() - began
+            torch.save({"state": agent.state_dict(), "curve": curve, "seconds": seconds},
+                       checkpoint)  # fmt: skip
+            mean = {x: np.mean([row[x] for row in rows]) for x in ("survival", "cost", "ood_rate")}
+            print(f"  {agent.updates:5d} {seconds:6.0f} s  "
+                  + "  ".join(f"{x} {value:.3f}" for x, value in mean.items()), flush=True)  # fmt: skip
+    return {"members": curve[-1]["rows"], "curve": curve, "seconds": time.perf_counter() - began}
+
+
+def summarise(cell: dict[str, Any]) -> dict[str, Any]:
+    """Means over members, the spread of the survival, and how many keep the budget in truth."""
+    rows = cell["members"]
+    found = {x: float(np.mean([r[x] for r in rows])) for x in NAMES if x in rows[0]}
+    return found | {
+        "survival_sd": float(np.std([r["survival"] for r in rows])),
+        "within": sum(r["cost"] <= BUDGET for r in rows),
+        "above_clinician": sum(r["survival"] > 0.782 for r in rows),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [
+        "# OGSRL's variants on ICU-Sepsis",
+        "",
+        f"`{result['command']}`, {result['date']}; {result['machine']['cpu']}; "
+        f"{result['members']} members, {result['iterations']} iterations of {result['played']} "
+        "episodes in the model.",
+        "",
+        f"{result['episodes']} logged episodes of clinicians; budget {BUDGET} steps with SOFA ≥ 10 "
+        "per patient. Survival (mean and standard deviation over members), cost and inadmissible "
+        "steps are exact for the learned stochastic policy; *promised* is the survival in its own "
+        "model and *too high by* promised minus true; *to optimum* is "
+        f"{OPTIMUM} less the survival; *within* counts members whose true cost is within the "
+        f"budget. Clinicians: {result['clinician']['survival']:.3f}, cost "
+        f"{result['clinician']['cost']:.3f}, inadmissible {result['clinician']['ood_rate']:.3f}.",
+    ]
+    heads = ["method", "survival", "±", "to optimum", "cost", "within", "inadmissible", "promised",
+             "too high by", "promised cost", "minutes"]  # fmt: skip
+    for doses in (True, False):
+        rows = []
+        for name in METHODS:
+            cell = result["cells"].get(key(name, doses))
+            if cell is None:
+                continue
+            s = summarise(cell)
+
+            def number(value: float | None) -> str:
+                return "" if value is None else f"{value:.3f}"
+
+            excess = s["promised"] - s["survival"] if "promised" in s else None
+            rows.append([
+                name, number(s["survival"]), number(s["survival_sd"]),
+                number(OPTIMUM - s["survival"]), number(s["cost"]),
+                f"{s['within']} of {len(cell['members'])}", number(s["ood_rate"]),
+                number(s.get("promised")), number(excess), number(s.get("promised_cost")),
+                f"{cell['seconds'] / 60:.0f}",
+            ])  # fmt: skip
+        if rows:
+            lines += ["", f"## {'With' if doses else 'Without'} the dose columns", ""]
+            lines.append(common.table(heads, rows))
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """True survival against true cost of every member."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
+    colours = dict(zip(METHODS, ("#777777", "#cc3311", "#ee7733", "#4477aa", "#228833")))
+    for axis, doses in zip(axes, (True, False)):
+        for name, colour in colours.items():
+            cell = result["cells"].get(key(name, doses))
+            if cell is not None:
+                axis.plot([r["cost"] for r in cell["members"]],
+                          [r["survival"] for r in cell["members"]], "o", color=colour, label=name)  # fmt: skip
+        budgets, survival = zip(*result["frontier"])
+        axis.plot(budgets, survival, color="black", linewidth=1, label="best possible")
+        clinician = result["clinician"]
+        axis.plot(clinician["cost"], clinician["survival"], "k*", markersize=11, label="clinicians")
+        axis.axvline(BUDGET, color="black", linestyle=":", linewidth=1, label="budget")
+        axis.set_title(f"{'with' if doses else 'without'} the dose columns")
+        axis.set_xlabel("steps with SOFA ≥ 10 per patient")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("survival")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def references() -> dict[str, Any]:
+    """The clinicians, and the best survival at budgets around ours."""
+    mdp = icu.mdp("mean")
+    found = exact_evaluate(mdp, icu.policy())
+    frontier = []
+    for budget in (0.44, 0.5, BUDGET, 0.7, 0.8, 0.88):
+        best = plan_constrained(mdp, {"sofa10": budget}, mdp.supported, tolerance=1e-4)
+        frontier.append([best.evaluation.costs["sofa10"], best.evaluation.value])
+    clinician = {"survival": found.value, "cost": found.costs["sofa10"], "ood_rate": found.ood_rate}
+    return {"clinician": clinician, "frontier": frontier}
+
+
+def key(name: str, doses: bool) -> str:
+    return f"{name}, {'with' if doses else 'without'} doses"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--members", type=int, default=5)
+    parser.add_argument("--episodes", type=int, default=20_000, help="logged")
+    parser.add_argument("--played", type=int, default=SETTINGS["episodes"], help="per iteration")
+    parser.add_argument("--clone", type=int, default=CLONE, help="updates of cloning")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--doses", choices=("both", "with", "without"), default="both")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="start over")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "ogsrl")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    file = options.out.with_suffix(".json")
+    plan = {name: getattr(options, name) for name in ("iterations", "members", "episodes", "played",
+                                                      "clone")}  # fmt: skip
+    cells: dict[str, Any] = {}
+    if file.exists() and not options.fresh:
+        earlier = json.loads(file.read_text())
+        if any(earlier[name] != value for name, value in plan.items()):
+            raise SystemExit(f"{file} was made with other options: pass --fresh or another --out")
+        cells = earlier["cells"]
+    result = plan | {
+        "command": common.command(),
+        "machine": common.machine(),
+        "versions": common.versions(["saferl", "icu-sepsis", "numpy", "scipy", "torch"]),
+        "settings": SETTINGS,
+        "budget": BUDGET,
+        "cells": cells,
+        **references(),
+    }
+    kinds = {"both": (True, False), "with": (True,), "without": (False,)}[options.doses]
+    for doses in kinds:
+        dataset = icu.make_dataset("clinician", options.episodes, doses=doses)
+        for name in options.methods:
+            if key(name, doses) in cells:
+                continue
+            print(key(name, doses), flush=True)
+            mine = options.out.with_name(f"{options.out.name}.{name}-{int(doses)}.part.json")
+            if options.fresh:
+                mine.unlink(missing_ok=True)
+            mine.parent.mkdir(parents=True, exist_ok=True)
+            cells[key(name, doses)] = train(name, dataset, doses, options, mine)
+            common.write_json(file, result | {"date": common.now()})
+            mine.unlink(missing_ok=True)
+    result["date"] = common.now()
+    common.write_json(file, result)
+    options.out.with_suffix(".md").write_text(markdown(result))
+    draw(result, options.out.with_suffix(".png"))
+    print(markdown(result))
+    print(f"wrote {options.out}.json, .md and .png")
+
+
+if __name__ == "__main__":
+    main()
