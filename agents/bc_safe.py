@@ -7,10 +7,10 @@ With C_i the undiscounted cost of the whole episode that row i is from, L the me
     L_π = Σ_i w_i mean_j (π(s_i)_j - a_ij)² / max(Σ_i w_i, 1)            over rows, components j
 
 A comparator of the DSRL benchmark (Liu et al. 2023, arXiv 2306.09303): a deterministic tanh
-perceptron, squared error, Adam at 1e-3. All members share one buffer, which holds the episodes that
-the largest limit lets pass; a stricter member leaves the others out by w. Given how many rows of a
-batch pass, they are a uniform sample of its own filtered data, so its gradient is that of cloning
-those alone with smaller batches.
+perceptron, squared error, Adam at 1e-3. All members share one buffer, so each leaves out by w what
+its own limit does not let pass. Given how many rows of a batch pass, they are a uniform sample of
+the filtered data, so the gradient is that of cloning those alone with smaller batches; and a member
+does not depend on the limits of those beside it, as it would if the buffer were filtered.
 
 Deviations: none known. DSRL's other filters (risky, boundary, frontier, multi-task) are not here.
 """
@@ -48,7 +48,7 @@ class BCSafe(BC):
 
     @classmethod
     def prepare(cls, dataset: Any, config: BCSafeConfig) -> Any:
-        """The complete episodes within the largest limit; a row's cost becomes its episode's.
+        """The complete episodes; the cost of a row becomes that of its whole episode.
 
         A trailing fragment without an end has no cost to compare and is left out.
 
@@ -69,18 +69,17 @@ class BCSafe(BC):
                 f"no episode of {dataset.card.id} costs {min(limits):g} or less: the lowest cost "
                 f"of one is {costs.min():g}, so pass a cost_limit of at least that"
             )
-        passing = np.flatnonzero(costs <= np.float32(max(limits)))
-        rows = np.repeat(costs[passing], dataset.episode_lengths()[passing])
-        return dataset.subset(episodes=passing).with_costs(rows)
+        rows = np.repeat(costs, dataset.episode_lengths())
+        return dataset.subset(episodes=len(costs)).with_costs(rows)
 
     def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
-        """Say how much of the buffer each limit leaves."""
+        """Say how much of the data each limit lets pass."""
         first = dataset.episodes[:, 0]
         for limit in dict.fromkeys(_limits(self.config)):
             within = dataset.costs <= np.float32(limit)
             say(
-                f"cost limit {limit:g}: clones {within[first].sum()} episodes, {within.sum()} of "
-                f"the buffer's {len(within)} rows"
+                f"cost limit {limit:g}: clones {within[first].sum()} of {len(first)} episodes, "
+                f"{within.mean():.0%} of the rows"
             )
 
     def learn(self, batch: Batch) -> Metrics:

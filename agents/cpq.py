@@ -169,6 +169,7 @@ class CPQ(Limited, Agent):
         repeated = observations.repeat_interleave(n, 1)
         actions = self.actor.sample(repeated, self.random)
         divergence = self.vae.divergence(*self.vae.encode(repeated, actions)).sum(-1)
-        threshold = torch.quantile(divergence, self.config.ood_quantile, -1, keepdim=True)
+        rank = math.ceil(round(self.config.ood_quantile * (rows * n - 1), 6))
+        threshold = divergence.sort(-1).values[:, rank, None]
         unlike = (divergence >= threshold).to(divergence)
         return actions.unflatten(1, (rows, n)), unlike.unflatten(1, (rows, n))

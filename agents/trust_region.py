@@ -64,18 +64,13 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor], right: Tensor, iterations: int
 ) -> Tensor:
-    """About H⁻¹ ``right`` ``[M, P]``, for positive definite H given by its product.
-
-    A member whose residual is down to rounding stays where it is.
-    """
-    tiny, precision = torch.finfo(right.dtype).tiny, torch.finfo(right.dtype).eps
+    """About H⁻¹ ``right`` ``[M, P]``, for positive definite H given by its product."""
+    tiny = torch.finfo(right.dtype).tiny
     x, residual, direction = torch.zeros_like(right), right, right
     size = _dot(right, right)
-    enough = size * precision**2
     for _ in range(iterations):
         image = product(direction)
         rate = size / _dot(direction, image).clamp_min(tiny)
-        rate = torch.where(size > enough, rate, 0.0)
         x = x + rate * direction
         residual = residual - rate * image
         following = _dot(residual, residual)

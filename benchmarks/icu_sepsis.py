@@ -199,7 +199,9 @@ def markdown(result: dict[str, Any]) -> str:
         "state no action allows its best supported one. *count ≥ n*: pairs logged n times; *kde*: "
         "kernel density of σ = 0.15 over 47 or OGSRL's 13 features and the dose levels, all in "
         "-1 … 1, whose threshold calls a share α of the logged steps unsupported; *OGSRL*: the "
-        "same at its σ = 0.535.",
+        "same at its σ = 0.535. A promised cost of several steps comes from states that the logged "
+        "episodes of the allowed pairs never left. Where a budget's row has fewer seeds, no policy "
+        "of the other seeds' models keeps it.",
     ]
     for strategy, rows in result["references"].items():
         lines += ["", f"## `{strategy}`: references", ""]

@@ -60,7 +60,17 @@ def register_envs() -> None:
         "entry_point": "saferl.envs.d4rl:D4RLAntEnv",
         "max_episode_steps": HORIZON,
     }
-    tasks["saferl/ICUSepsis-v0"] = {"entry_point": "saferl.envs.icu_sepsis:ICUSepsisEnv"}
+    for name, options in {
+        "ICUSepsis": {},
+        "ICUSepsisTerminate": {"strategy": "terminate"},
+        "ICUSepsisLevels": {"actions": "levels"},
+        "ICUSepsisTerminateLevels": {"strategy": "terminate", "actions": "levels"},
+    }.items():
+        tasks[f"saferl/{name}-v0"] = {
+            "entry_point": "saferl.envs.icu_sepsis:ICUSepsisEnv",
+            "kwargs": options,
+            "max_episode_steps": 500,
+        }
     for name, arguments in epicare.env_ids().items():
         tasks[name] = {"entry_point": "saferl.envs.epicare:EpiCareEnv", "kwargs": arguments}
     for name, arguments in (tasks | adapters.env_ids()).items():

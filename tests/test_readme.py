@@ -18,5 +18,5 @@ def test_example(number, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.glob("runs/*/config.yaml"))
 
 
-def test_there_are_three():
-    assert len(EXAMPLES) == 3
+def test_there_are_four():
+    assert len(EXAMPLES) == 4

@@ -278,6 +278,11 @@ class Dataset:
         """``[E]`` int64, steps of each complete episode."""
         return self.episodes[:, 1] - self.episodes[:, 0]
 
+    def episode_ids(self) -> np.ndarray:
+        """``[N]`` int64, the number of each row's episode; a trailing fragment has its own."""
+        ends = self.terminals | self.timeouts
+        return np.cumsum(ends) - ends
+
     def normalised_score(self, value: Any) -> Any:
         """100 · (return − random) / (expert − random) with the card's reference; None without one.
 

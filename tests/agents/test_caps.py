@@ -158,41 +158,35 @@ def test_only_terminals_end_the_looking_ahead():
 
 def test_the_rule():
     """Of the heads within what is allowed the one of largest Q, else the one of least Qc."""
-    agent = make(heads=3, cost_limit=[0.5, 2.0])
-    policy = agent.policy()
-    s = costly(agent, rows=60).observations
-    actions = agent.actor.heads(s)
-    chosen = agent.actor.choose(s, actions)
-    seen = set()
+    limits = (0.1, 1.0)
+    agent = make(heads=3, cost_limit=limits)
     with torch.no_grad():
-        for m, limit in enumerate((0.5, 2.0)):
-            d = convert(limit, "discounted", horizon=T, discount=0.99)
-            shift = torch.linspace(-1, 1, 60)  # so that all heads, some or none are within
-            agent.actor.allowed[m] = d
-            for i in range(60):
-                row = s[:, i : i + 1]
-                q = [agent.actor.critic(row, actions[:, i : i + 1, h])[m, :, 0].min().item()
-                     for h in range(3)]  # fmt: skip
-                cost = [agent.actor.cost_critic(row, actions[:, i : i + 1, h])[m, :, 0].max().item()
-                        for h in range(3)]  # fmt: skip
-                within = [h for h in range(3) if cost[h] < d]
-                expected = (
-                    max(within, key=lambda h: q[h])
-                    if within
-                    else min(range(3), key=lambda h: cost[h])
-                )
-                assert chosen[m, i] == expected
-                seen.add(len(within))
-                assert torch.equal(policy(s)[m, i], actions[m, i, expected])
-    assert len(seen) > 1 or shift is not None
-    assert {int(x) for x in chosen.flatten()} > {0}
+        for weight in (*agent.actor.cost_critic.mlp.weights, *agent.actor.heads.mlp.weights):
+            weight *= 2  # so that all heads, some or none are within
+    policy = agent.policy()
+    s = costly(agent, rows=40).observations
+    actions = agent.actor.heads(s).detach()
+    taken, counts, chosen = policy(s), set(), set()
+    for m, limit in enumerate(limits):
+        d = convert(limit, "discounted", horizon=T, discount=0.99)
+        critics, costs = nets(agent.actor.critic, m), nets(agent.actor.cost_critic, m)
+        for i in range(40):
+            pairs = [(s[m, i], action) for action in actions[m, i]]
+            q = [min(net(*pair).item() for net in critics) for pair in pairs]
+            cost = [max(net(*pair).item() for net in costs) for pair in pairs]
+            within = [h for h in range(3) if cost[h] < d]
+            best = max(within, key=lambda h: q[h]) if within else int(np.argmin(cost))
+            assert torch.equal(taken[m, i], actions[m, i, best])
+            counts.add(len(within))
+            chosen.add(best)
+    assert counts >= {0, 3} and counts & {1, 2} and chosen == {0, 1, 2}
 
 
 @pytest.fixture(scope="module")
 def learner():
     """A CAPS agent of two members trained once on the toy, without any limit."""
     agent, _ = trained(
-        CAPS, toy(60), 300, (5, 6), heads=2, discount=0.5, cost_discount=0.5, cost_beta=10.0,
+        CAPS, toy(60), 220, (5, 6), heads=2, discount=0.5, cost_discount=0.5, cost_beta=10.0,
         beta=10.0, actor_lr=3e-3, critic_lr=3e-3, value_lr=3e-3, tau=0.05, actor_decay_steps=0,
     )  # fmt: skip
     return agent
@@ -253,8 +247,7 @@ def test_the_tracked_policy_spends_its_budget_and_stops(learner):
         assert guard.remaining[0] == pytest.approx(limit - costs.sum(), abs=1e-6)
     assert (np.diff(totals) > 0).all(), totals
     assert totals[-1] == pytest.approx(free.sum(), rel=1e-5)
-    # With 2 of a budget left it goes on where the policy that keeps no account stops early or late.
-    assert totals[2] > 0.5 * 2.0
+    assert totals[2] > 0.5 * 2.0  # it does not stop long before
 
 
 def test_the_tracked_rule_is_caps_s(float64):
@@ -292,7 +285,7 @@ def test_the_tracked_rule_is_caps_s(float64):
 
 
 def test_a_constant_action_is_acted():
-    agent, _ = trained(CAPS, constant(0.8), 150, actor_lr=3e-3, actor_decay_steps=0)
+    agent, _ = trained(CAPS, constant(0.8), 90, actor_lr=6e-3, actor_decay_steps=0)
     assert (actions_of(agent.policy()) - 0.8).abs().mean() < 0.03
     states = torch.zeros(1, 500, 1)
     with torch.no_grad():

@@ -233,7 +233,7 @@ def test_starts_are_in_the_checkpoint():
 
 def test_a_constant_action_is_acted():
     """Fitted and executed on the same side of the tanh."""
-    agent, _ = trained(COptiDICE, constant(0.8), 150, actor_lr=3e-3, alpha=1.0)
+    agent, _ = trained(COptiDICE, constant(0.8), 100, actor_lr=5e-3, alpha=1.0)
     assert (actions_of(agent.policy()) - 0.8).abs().max() < 0.03
 
 
@@ -241,7 +241,7 @@ def test_limits_are_kept_side_by_side():
     """The weighted data cost what the limit allows, and earn more the more it allows."""
     limits = [0.5, 1.0, 3.0]
     agent, metrics = trained(
-        COptiDICE, toy(60), 300, (5, 5, 5), discount=0.5, alpha=0.1, lr=2e-2, actor_lr=3e-3,
+        COptiDICE, toy(60), 240, (5, 5, 5), discount=0.5, alpha=0.1, lr=2e-2, actor_lr=3e-3,
         cost_limit=limits,
     )  # fmt: skip
     assert metrics["cost_estimate"].tolist() == pytest.approx(limits, rel=0.15)

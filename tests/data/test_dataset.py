@@ -75,6 +75,7 @@ def test_episodes_sums_and_summary():
     expected = values["rewards"].reshape(6, 10).sum(1, dtype=float)
     np.testing.assert_allclose(d.episode_returns(), expected, rtol=1e-6)
     assert d.episode_costs().tolist() == [10.0] * 6 and d.episode_lengths().tolist() == [10] * 6
+    assert d.episode_ids().tolist() == [row // 10 for row in range(len(d))]
     summary = d.summary()
     assert all(isinstance(v, (int, float)) for v in summary.values())
     assert (summary["episodes"], summary["terminals"], summary["timeouts"]) == (6, 2, 4)
