@@ -93,7 +93,7 @@ class COptiDICE(Limited, Agent):
     Config = COptiDICEConfig
     variants = frozenset({"cost_limit", "discount", "alpha", "overestimation"})
     discount_of_costs = "discount"
-    shared: ClassVar[frozenset[str]] = frozenset({"starts"})  # without a member axis
+    shared: ClassVar[frozenset[str]] = frozenset({"starts."})  # without a member axis
 
     def build(self, init: MemberRandom) -> None:
         c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim

@@ -60,6 +60,8 @@ class OGSRLConfig(CostConfig):
     ood_probability: float = 0.05  # β, of an unsupported step within H
     ood_penalty: float = 25.0  # of a step after an unsupported one, under ood_mode = penalty
     margin_models: int = 5  # resampled models for ε̄; 0: ε̄ = 0
+    smoothing: float = 0.2  # cpo: weight of the latest J in the running mean that c is taken from
+    integral: float = 0.05  # cpo: share of each excess that stays in c until it is worked off
     gae: float = 0.95  # λ of the advantages
     kl: float = 0.01  # δ, of a trust-region step
     damping: float = 0.01  # added to the curvature
@@ -86,8 +88,28 @@ class Limits(nn.Module):
         self.names = names
         self.register_buffer("budget", torch.zeros(members, len(names)))
         self.register_buffer("unit", torch.ones(members))  # of a user's unit of cost
+        self.register_buffer("spent", torch.zeros(members, len(names)))  # running means of J
+        self.register_buffer("updates", torch.zeros(members, 1))
+        self.register_buffer("owed", torch.zeros(members, len(names)))
         self.register_buffer("gaps", torch.zeros(members, models))  # excess in resampled models
         self.register_buffer("seen", torch.zeros(members, models))
+
+    def excess(self, totals: Tensor, smoothing: float, integral: float) -> Tensor:
+        """c ``[M, C]`` of estimates J ``[M, C]``: running mean less budget, and what is owed.
+
+        A gradient from few episodes promises more than it keeps, so that steps that cure the
+        excess on paper can leave it standing; what is owed grows until they do not.
+        """
+        self.updates += 1
+        self.spent += (1 / self.updates).clamp_min(smoothing) * (totals - self.spent)
+        budget = self.tightened()
+        over = self.spent - budget
+        found = over + self.owed
+        if integral:
+            self.owed += integral * over
+            self.owed.clamp_(min=0)
+            self.owed.copy_(torch.minimum(self.owed, budget))
+        return found
 
     def observe(self, model: int, gap: Tensor) -> None:
         """Take the excess cost ``[M]`` in one of the resampled models into its running mean."""
@@ -208,8 +230,8 @@ class Guarded(CostLimited, Agent):
             raise SaferlError(f"ood_probability = {c.ood_probability} is not between 0 and 1")
         if min(c.episodes, c.horizon, c.critic_updates, c.epochs, c.cg_iterations) < 1:
             raise SaferlError("episodes, horizon, critic_updates, epochs, cg_iterations start at 1")
-        if not (c.kl > 0 and 0 < c.curvature_share <= 1 and c.margin_models >= 0):
-            raise SaferlError("kl is above 0, curvature_share in (0, 1], margin_models 0 or more")
+        if not (c.kl > 0 and 0 < c.curvature_share <= 1 and 0 < c.smoothing <= 1):
+            raise SaferlError("kl is above 0, curvature_share and smoothing lie in (0, 1]")
 
     def _column(self, name: str) -> list[float]:
         value = getattr(self.config, name)

@@ -9,8 +9,9 @@ One update plays N episodes of H steps in T̂. With A_k the advantages of reward
 critic V_k of its own, w_t = 1 while an episode goes on, ρ = π_new / π and J_k the plain discounted
 sums of whole episodes, it steps π by one of
 
-- ``cpo``     g = ∇ Σ wρÂ_r / Σ w, b = ∇ 1/N Σ wργ_k^t A_k, c = J_k - d_k, for the constraint k with
-              the largest (J_k - d_k) / (J_k + d_k); see `saferl.agents.trust_region`;
+- ``cpo``     g = ∇ Σ wρÂ_r / Σ w, b = ∇ 1/N Σ wργ_k^t A_k, c = J_k - d_k with J_k a running mean,
+              for the limit k with the largest (J_k - d_k) / (J_k + d_k), while the line search
+              sees to the others (`saferl.agents.trust_region`);
 - ``trpo``    the same without a constraint;
 - ``ppo_lag`` λ_k by its multiplier, then clipped PPO steps on (Â_r - Σ λ_k Â_k) / (1 + Σ λ_k)
 
@@ -70,7 +71,7 @@ class _Learner(Guarded):
         metrics = {
             "predicted_return": rollout.rewards.sum(-1).mean(-1),
             "ood_rate": rollout.ood.sum((1, 2)) / steps,
-            "steps": steps / rollout.alive.shape[1],
+            "predicted_length": steps / rollout.alive.shape[1],
         }
         if "ood" in names:
             metrics["ood_value"] = totals[:, 1 + names.index("ood")]
@@ -138,14 +139,8 @@ class _Learner(Guarded):
         rows, weight = _Rows.of(rollout), rollout.alive.flatten(1)
         reward = _standardise(found[..., :1].flatten(1, 2), weight)[..., 0]
         count, steps = rollout.alive.shape[1], weight.sum(1)
-        cost, excess = torch.zeros_like(reward), torch.full_like(steps, -torch.inf)
-        if c.optimiser == "cpo":  # the tightest of the constraints, member by member
-            budget = self.limits.tightened()
-            worst = Limits.relative(totals, budget).argmax(1)
-            powers = discounting(self._discounts, c.horizon, found)
-            weighted = (found * powers * rollout.alive[..., None])[..., 1:].flatten(1, 2)
-            cost = weighted.take_along_dim(worst[:, None, None], 2)[..., 0]
-            excess = (totals - budget).gather(1, worst[:, None])[:, 0]
+        powers = discounting(self._discounts, c.horizon, found)[..., 1:]
+        costs = (powers * found[..., 1:] * rollout.alive[..., None]).flatten(1, 2)  # [M, B, C]
         with torch.no_grad():
             old = self._distribution(rows.observations, rows.allowed)
             old_log_prob = self._log_prob(old, rows.actions)
@@ -155,7 +150,7 @@ class _Learner(Guarded):
             ratio = (self._log_prob(now, rows.actions) - old_log_prob).exp()
             return Surrogates(
                 (weight * ratio * reward).sum(1) / steps,
-                (ratio * cost).sum(1) / count,
+                (ratio[..., None] * costs).sum(1) / count,
                 (weight * self._divergence(old, now)).sum(1) / steps,
             )
 
@@ -171,15 +166,24 @@ class _Learner(Guarded):
         product = curvature(divergence, parameters, c.damping)
         inverse_g = conjugate_gradient(product, g, c.cg_iterations)
         metrics = {}
-        if c.optimiser == "cpo":
-            b = gradient(start.cost, parameters)
+        if c.optimiser == "cpo":  # under the tightest of the limits, member by member
+            excess = self.limits.excess(totals, c.smoothing, c.integral)
+            budget = self.limits.tightened()
+            worst = Limits.relative(excess + budget, budget).argmax(1, keepdim=True)
+            chosen = excess.gather(1, worst)
+            b = gradient(start.costs.gather(1, worst)[:, 0], parameters)
             inverse_b = conjugate_gradient(product, b, c.cg_iterations)
-            step, case = cpo_step(g, b, excess, inverse_g, inverse_b, c.kl)
+            step, case = cpo_step(g, b, chosen[:, 0], inverse_g, inverse_b, c.kl)
+            # The others may rise to their limits; one that is broken waits for its turn.
+            allowed = torch.where(excess > 0, torch.inf, -excess)
+            allowed.scatter_(1, worst, (-chosen).clamp_min(0))
+            gains = chosen[:, 0] <= 0
             metrics["recovery"] = (case == RECOVERY).float()
         else:
             step = trpo_step(g, inverse_g, c.kl)
-        taken = line_search(surrogates, parameters, step, excess, c.kl, TRIES)
-        return metrics | {"step": taken.scale, "kl": taken.divergence}
+            allowed, gains = torch.zeros_like(totals), torch.ones_like(steps, dtype=torch.bool)
+        taken = line_search(surrogates, parameters, step, allowed, gains, c.kl, TRIES)
+        return metrics | {"step_share": taken.scale, "kl": taken.divergence}
 
     def _ppo(self, rollout: Rollout, found: Tensor, totals: Tensor) -> Metrics:
         c, rows, weight = self.config, _Rows.of(rollout), rollout.alive.flatten(1)

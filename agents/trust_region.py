@@ -125,11 +125,11 @@ def cpo_step(
 
 
 class Surrogates(NamedTuple):
-    """What the line search judges a try by, each ``[M]``."""
+    """What the line search judges a try by."""
 
-    reward: Tensor
-    cost: Tensor
-    divergence: Tensor  # from the policy before the step
+    reward: Tensor  # [M]
+    costs: Tensor  # [M, C]
+    divergence: Tensor  # [M], from the policy before the step
 
 
 class Search(NamedTuple):
@@ -144,19 +144,19 @@ def line_search(
     evaluate: Callable[[], Surrogates],
     parameters: Sequence[Tensor],
     step: Tensor,
-    excess: Tensor,
+    allowed: Tensor,
+    gains: Tensor,
     delta: float,
     tries: int,
 ) -> Search:
     """Move parameters by the longest of step · 0.8^i that each member accepts, or not at all.
 
-    Accepted is a try whose divergence is at most δ, whose cost rises by at most max(-c, 0), and, if
-    c ≤ 0, whose reward rises; a member above its budget may pay for coming down.
-
     Args:
         evaluate: surrogates at the parameters as they are when it is called.
         parameters: moved in place. step: ``[M, P]``.
-        excess: c ``[M]``; -inf where there is no budget.
+        allowed: by how much each cost may rise, ``[M, C]``.
+        gains: ``[M]`` bool, whether the reward has to rise.
+        delta: the largest divergence.
         tries: evaluations; all are made, as nothing is read.
     """
     before = [parameter.clone() for parameter in parameters]
@@ -167,15 +167,13 @@ def line_search(
         for parameter, old, part in zip(parameters, before, parts):
             parameter.copy_(old + part.view_as(old))
 
-    allowed = (-excess).clamp_min(0)
-    accepted = torch.zeros_like(excess, dtype=torch.bool)
-    taken = torch.zeros_like(excess)
-    divergence = torch.zeros_like(excess)
+    accepted = torch.zeros_like(gains)
+    taken, divergence = torch.zeros_like(start.reward), torch.zeros_like(start.reward)
     for i in range(tries):
-        move(torch.full_like(excess, SHRINK**i))
+        move(torch.full_like(taken, SHRINK**i))
         found = evaluate()
-        good = (found.divergence <= delta) & (found.cost - start.cost <= allowed)
-        good &= (found.reward > start.reward) | (excess > 0)
+        good = (found.divergence <= delta) & (found.costs - start.costs <= allowed).all(1)
+        good &= (found.reward > start.reward) | ~gains
         first = good & ~accepted
         taken = torch.where(first, SHRINK**i, taken)
         divergence = torch.where(first, found.divergence, divergence)

@@ -229,30 +229,44 @@ def test_curvature_is_the_hessian_and_damping(float64):
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
 def test_line_search_accepts_by_member(order):
     """One parameter each, at 0 before a step of 1; surrogates are lines and a parabola in it."""
-    #        reward  cost  KL    excess   scale that is accepted
+    inf = math.inf
+    #        reward costs       KL   allowed      gains  scale that is accepted
     cases = [
-        (1.0, 0.0, 0.5, -1.0, 1.0),
-        (1.0, 0.0, 1.7, -1.0, SHRINK**2),  # 1.7 x² ≤ 1
-        (1.0, 1.0, 0.5, -0.7, SHRINK**2),  # x ≤ 0.7
-        (1.0, 1.0, 0.5, 0.3, 0.0),  # above its budget, and going up
-        (-1.0, -1.0, 0.5, 0.3, 1.0),  # above its budget, paying to come down
-        (-1.0, -1.0, 0.5, -0.1, 0.0),  # within its budget, paying for nothing
-        (1.0, 5.0, 0.5, -math.inf, 1.0),  # without a budget
-        (1.0, 0.0, math.nan, -1.0, 0.0),
+        (1.0, (0.0, 0.0), 0.5, (0.0, 0.0), True, 1.0),
+        (1.0, (0.0, 0.0), 1.7, (0.0, 0.0), True, SHRINK**2),  # 1.7 x² ≤ 1
+        (1.0, (1.0, 0.0), 0.5, (0.7, 0.0), True, SHRINK**2),  # x ≤ 0.7
+        (1.0, (0.0, 1.0), 0.5, (0.0, 0.7), True, SHRINK**2),  # any of the costs
+        (1.0, (1.0, 0.0), 0.5, (0.0, 0.0), False, 0.0),  # may not rise at all
+        (-1.0, (-1.0, 0.0), 0.5, (0.0, 0.0), False, 1.0),  # pays to come down
+        (-1.0, (-1.0, 0.0), 0.5, (0.1, 0.0), True, 0.0),  # pays for nothing
+        (1.0, (5.0, 9.0), 0.5, (inf, inf), True, 1.0),  # without a budget
+        (1.0, (0.0, 0.0), math.nan, (0.0, 0.0), True, 0.0),
     ][order]
-    reward, cost, kl, excess, expected = (torch.tensor(column) for column in zip(*cases))
+    reward, costs, kl, allowed, gains, expected = (torch.tensor(column) for column in zip(*cases))
     parameter = torch.zeros(len(cases), 1, 1)
     other = torch.ones(len(cases), 2)
 
     def evaluate() -> Surrogates:
         x = parameter[:, 0, 0]
         torch.testing.assert_close(other[:, 0] - 1, 2 * x)
-        return Surrogates(reward * x, cost * x, kl * x.square())
+        return Surrogates(reward * x, costs * x[:, None], kl * x.square())
 
     step = torch.tensor([[1.0, 2.0, 0.0]]).expand(len(cases), -1)
-    found = line_search(evaluate, [parameter, other], step, excess, 1.0, 10)
+    found = line_search(evaluate, [parameter, other], step, allowed, gains, 1.0, 10)
     torch.testing.assert_close(found.scale, expected)
     torch.testing.assert_close(parameter[:, 0, 0], expected)
     torch.testing.assert_close(other[:, 0], 1 + 2 * expected)
     divergence = torch.where(expected > 0, kl * expected.square(), 0.0)
     torch.testing.assert_close(found.divergence, divergence)
+
+
+def test_line_search_without_costs():
+    parameter = torch.zeros(2, 1)
+
+    def evaluate() -> Surrogates:
+        x = parameter[:, 0]
+        return Surrogates(torch.tensor([1.0, -1.0]) * x, x.new_zeros(2, 0), x.square())
+
+    gains = torch.ones(2, dtype=torch.bool)
+    found = line_search(evaluate, [parameter], torch.ones(2, 1), torch.zeros(2, 0), gains, 1.0, 4)
+    assert found.scale.tolist() == [1.0, 0.0] == parameter[:, 0].tolist()

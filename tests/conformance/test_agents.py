@@ -76,13 +76,10 @@ class Setup:
         return {key: tensor.clone() for key, tensor in self.agent.state_dict().items()}
 
 
-def learned(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What has a member axis: all but counters and generators."""
-    return {
-        key: tensor
-        for key, tensor in state.items()
-        if key != "updates" and not key.startswith("random.") and not key.endswith(".step")
-    }
+def learned(state: dict[str, torch.Tensor], cls: type[Agent]) -> dict[str, torch.Tensor]:
+    """What has a member axis: all but counters, generators and tables that members share."""
+    apart = ("random.", *cls.shared)
+    return {k: v for k, v in state.items() if v.dim() and not k.startswith(apart)}
 
 
 def test_metrics_are_finite_and_one_per_member(cls):
@@ -94,11 +91,12 @@ def test_metrics_are_finite_and_one_per_member(cls):
         assert value.shape == (3,), name
         assert torch.isfinite(value).all(), name
         assert not value.requires_grad, name
+        assert name not in ("step", "member"), "columns of metrics.csv"
     after = setup.state()
     assert setup.agent.updates == 4
-    assert all(torch.isfinite(tensor).all() for tensor in learned(after).values())
+    assert all(torch.isfinite(tensor).all() for tensor in learned(after, cls).values())
     for m in range(3):  # every member learns
-        assert any(not torch.equal(before[k][m], after[k][m]) for k in learned(before))
+        assert any(not torch.equal(before[k][m], after[k][m]) for k in learned(before, cls))
 
 
 def test_seeds_decide_everything(cls):
@@ -106,7 +104,7 @@ def test_seeds_decide_everything(cls):
     for setup in (one, two, other):
         setup.train(5)
     assert all(torch.equal(one.state()[key], tensor) for key, tensor in two.state().items())
-    for key, tensor in learned(one.state()).items():
+    for key, tensor in learned(one.state(), cls).items():
         if tensor.numel() > 3:
             assert not torch.equal(tensor, other.state()[key]), key
 
@@ -116,8 +114,8 @@ def test_a_member_among_others_is_that_member_alone(cls):
     three, alone = Setup(cls), Setup(cls, (6,))
     three.train(20)
     alone.train(20)
-    mine = learned(alone.state())
-    for key, tensor in learned(three.state()).items():
+    mine = learned(alone.state(), cls)
+    for key, tensor in learned(three.state(), cls).items():
         torch.testing.assert_close(tensor[1], mine[key][0], rtol=1e-4, atol=1e-5, msg=key)
     if cls.discrete:
         return
@@ -158,8 +156,8 @@ def test_a_value_per_member_is_a_run_of_its_own(name, field):
     for m, value in enumerate(values):
         single = Setup(cls, (5,), **{field: value}, **extra)
         single.train(10)
-        states.append(learned(single.state()))
-        for key, tensor in learned(both.state()).items():
+        states.append(learned(single.state(), cls))
+        for key, tensor in learned(both.state(), cls).items():
             torch.testing.assert_close(
                 tensor[m], states[m][key][0], rtol=1e-4, atol=1e-5, msg=f"{key} of member {m}"
             )
