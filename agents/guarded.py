@@ -230,6 +230,8 @@ class Guarded(CostLimited, Agent):
             raise SaferlError(f"ood_probability = {c.ood_probability} is not between 0 and 1")
         if min(c.episodes, c.horizon, c.critic_updates, c.epochs, c.cg_iterations) < 1:
             raise SaferlError("episodes, horizon, critic_updates, epochs, cg_iterations start at 1")
+        if min(c.margin_models, c.clone_updates, c.integral, c.damping) < 0:
+            raise SaferlError("margin_models, clone_updates, integral and damping are 0 or more")
         if not (c.kl > 0 and 0 < c.curvature_share <= 1 and 0 < c.smoothing <= 1):
             raise SaferlError("kl is above 0, curvature_share and smoothing lie in (0, 1]")
 

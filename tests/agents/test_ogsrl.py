@@ -145,10 +145,14 @@ def assert_net(net: Net, mlp, member: int, element: int = 0) -> None:
         torch.testing.assert_close(bias[member, element, 0], b.detach(), rtol=1e-6, atol=1e-8)
 
 
-def check_cpo(member: int, probability: float, limit: float | None, **settings) -> int:
-    """One update against the reference; which case of the step it was.
+def check_cpo(
+    member: int, probability: float, limit: float | None, close: bool = False, **settings
+) -> tuple[int, bool]:
+    """One update against the reference; which case of the step it was, and whether the line search
+    refused a try for the limit that the step does not know of.
 
-    ``limit=None`` sets the cost's budget just above what the policy spends.
+    ``limit=None`` sets the cost's budget just above what the policy spends; ``close`` the other,
+    which is then the tighter one, too.
     """
     gamma, gamma_c, delta, damping = 0.9, 0.8, 0.02, 0.05
     agent = make(
@@ -162,6 +166,9 @@ def check_cpo(member: int, probability: float, limit: float | None, **settings) 
         limit = (j_cost + 1e-3) / unit
         agent.limits.budget[member, 1] = j_cost + 1e-3
     budgets = [probability * gamma**3, limit * unit]
+    if close:
+        budgets[0] = j_ood + 1e-5
+        agent.limits.budget[member, 0] = budgets[0]
     worst = 1 if relative(j_ood, budgets[0]) > relative(j_cost, budgets[1]) else 2
     c = reference.totals[worst] - budgets[worst - 1]
     states, actions, count = reference.states, reference.actions, len(reference.episodes)
@@ -205,16 +212,18 @@ def check_cpo(member: int, probability: float, limit: float | None, **settings) 
     else:
         price = ((q - r**2 / s) / (2 * delta - c**2 / s)).sqrt()
         step, case = (inverse_g - (price * c - r) / s * inverse_b) / price, CORNER
-    scale = 0.0
+    scale, refused = 0.0, False
     for i in range(TRIES):
         tried = start + SHRINK**i * step
-        better = c > 0 or bool(reward(tried) > reward(start))
+        good = bool(kl(tried) <= delta) and bool(cost(tried) - cost(start) <= max(-c, 0.0))
+        good &= c > 0 or bool(reward(tried) > reward(start))
         rise = cost(tried, other_advantage) - cost(start, other_advantage)
-        better &= slack < 0 or bool(rise <= slack)
-        if kl(tried) <= delta and cost(tried) - cost(start) <= max(-c, 0.0) and better:
+        kept = slack < 0 or bool(rise <= slack)
+        refused |= good and not kept
+        if good and kept:
             scale = SHRINK**i
             break
-    assert scale > 0
+    assert scale > 0 or close
     after = start + scale * step
     reference.regress(1e-2, 2)
 
@@ -236,7 +245,7 @@ def check_cpo(member: int, probability: float, limit: float | None, **settings) 
     found |= {"kl": float(kl(after)), "recovery": float(case == RECOVERY)}
     for name, number in found.items():
         assert metrics[name][member].item() == pytest.approx(number, rel=1e-6, abs=1e-9), name
-    return case
+    return case, refused
 
 
 @pytest.mark.parametrize("member", range(len(MEMBERS)))
@@ -244,14 +253,16 @@ def check_cpo(member: int, probability: float, limit: float | None, **settings) 
     ("probability", "limit", "case"), [(0.99, 50.0, FREE), (0.05, 50.0, RECOVERY)]
 )
 def test_a_cpo_update_is_the_reference(float64, member, probability, limit, case):
-    assert check_cpo(member, probability, limit) == case
+    assert check_cpo(member, probability, limit) == (case, False)
 
 
 @pytest.mark.parametrize("member", range(len(MEMBERS)))
 def test_a_cpo_update_at_its_budget_is_the_reference(float64, member):
     """A reward and its opposite: what one of them gains costs more, so its step is cut."""
-    cases = {check_cpo(member, 0.99, None, reward_scale=scale) for scale in (1.0, -1.0)}
-    assert CORNER in cases
+    for close in (False, True):
+        found = [check_cpo(member, 0.99, None, close, reward_scale=x) for x in (1.0, -1.0)]
+        assert CORNER in {case for case, _ in found}
+        assert any(refused for _, refused in found) == close
 
 
 @pytest.mark.parametrize("member", range(len(MEMBERS)))

@@ -378,6 +378,8 @@ def test_advantages_do_not_cross_episodes():
         (True, {"guardian_options": "neighbors=3"}, "did you mean 'neighbours'"),
         (True, {"ood_probability": 0.0}, "ood_probability = 0.0"),
         (True, {"horizon": 0}, "start at 1"),
+        (True, {"margin_models": -1}, "margin_models, clone_updates"),
+        (True, {"smoothing": 0.0}, "smoothing lie in"),
         (True, {"calibration": 1.0}, "calibration = 1.0"),
         (True, {"cost_limit": -1.0}, "0 or more"),
         (True, {"cost_discount": 1.5, "cost_limit": 1.0}, "discount lies between"),
