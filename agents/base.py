@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from saferl.data.buffer import Batch
 from saferl.errors import SaferlError, unknown
 from saferl.nn import PRECISIONS, Policy, compute_in
 from saferl.rng import MemberRandom
+from saferl.safety.limits import no_costs
 from saferl.spec import Spec
 
 Metrics = dict[str, Tensor]  # name → [M], on the device
@@ -123,7 +125,13 @@ class Agent:
 
     @classmethod
     def prepare(cls, dataset: Any, config: AgentConfig) -> Any:
-        """The `Dataset` that the method trains on: all of it, unless it filters."""
+        """The `Dataset` that the method trains on: all of it, unless it filters.
+
+        Raises:
+            SaferlError: it has no costs and the method needs them.
+        """
+        if cls.needs_costs and dataset.costs is None:
+            raise SaferlError(no_costs(dataset.card.id))
         return dataset
 
     def build(self, init: MemberRandom) -> None:
@@ -168,6 +176,10 @@ class Agent:
             cache[name, axes] = tensor.view(-1, *(1,) * axes)
         return cache[name, axes]
 
+    def column(self, name: str) -> list[float]:
+        """A hyper-parameter of every member."""
+        return per_member(self.config, name, self.members)
+
     @staticmethod
     def target_of(network: nn.Module) -> nn.Module:
         """A frozen copy, to be moved by `polyak`."""
@@ -180,6 +192,19 @@ class Agent:
             parameters += [network] if isinstance(network, nn.Parameter) else network.parameters()
         recordable = self.device.type == "cuda"  # in a CUDA graph
         return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=recordable)
+
+    @staticmethod
+    def decay(optimizer: torch.optim.Adam, rate: float, steps: int) -> None:
+        """Set the rate of the next step, on a cosine from ``rate`` to 0 at ``steps``; 0: constant.
+
+        A function of Adam's own counter on the device. The optimiser's rate has to be a tensor, so
+        that it can fall without the host.
+        """
+        group = optimizer.param_groups[0]
+        slots = optimizer.state.get(group["params"][0])
+        if steps and slots:  # before its first step the rate is that of the start
+            phase = (slots["step"].double() / steps).clamp(max=1.0)
+            group["lr"].copy_(rate * 0.5 * (1 + torch.cos(math.pi * phase)))
 
     @staticmethod
     def minimise(optimizer: torch.optim.Optimizer, loss: Tensor, retain: bool = False) -> None:
@@ -226,6 +251,12 @@ class Agent:
             elif isinstance(value, nn.Parameter):
                 with torch.no_grad():
                     value.copy_(state[name])
+
+
+def per_member(config: AgentConfig, name: str, members: int = 1) -> list[float]:
+    """The values of a hyper-parameter, that of every member where it does not vary."""
+    value = getattr(config, name)
+    return list(value) if isinstance(value, tuple) else [value] * members
 
 
 def _convert(key: str, value: Any, default: Any) -> Any:

@@ -27,9 +27,9 @@ from saferl.data.buffer import Batch
 from saferl.errors import SaferlError
 from saferl.safety.limits import check_limit, no_costs
 
-from .base import AgentConfig, Metrics
+from .base import AgentConfig, Metrics, per_member
 from .bc import BC
-from .limited import costs_of
+from .costs import costs_of
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,4 @@ class BCSafe(BC):
 
 
 def _limits(config: BCSafeConfig) -> list[float]:
-    value = config.cost_limit
-    limits = value if isinstance(value, tuple) else (value,)
-    return [check_limit(limit, infinite=True) for limit in limits]
+    return [check_limit(value, infinite=True) for value in per_member(config, "cost_limit")]

@@ -43,7 +43,8 @@ from saferl.rng import MemberRandom
 from saferl.safety.multipliers import Multipliers
 
 from .base import Agent, Metrics
-from .limited import Limited, LimitedConfig, costs_of
+from .costs import costs_of
+from .limited import Limited, LimitedConfig
 
 GROUPS = (2, 2)  # groups of critics, networks in a group
 PRIOR_CLIP = 0.5

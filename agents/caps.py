@@ -55,7 +55,7 @@ from saferl.safety.limits import check_limit, convert
 from saferl.safety.shield import Shield
 
 from .base import Agent, AgentConfig, Metrics
-from .limited import costs_of
+from .costs import costs_of
 
 LOG_STD = (-20.0, 2.0)
 
@@ -187,7 +187,6 @@ class CAPS(Agent):
         self.value, self.cost_value = (VEnsemble(init, o, c.hidden) for _ in range(2))
         self.critic_target = self.target_of(critic)
         self.cost_critic_target = self.target_of(cost_critic)
-        # A tensor, so that the rate can fall without the host.
         rate = torch.tensor(c.actor_lr, device=self.device)
         self.actor_optimizer = self.adam(heads, lr=rate)
         self.critic_optimizer = self.adam(critic, lr=c.critic_lr)
@@ -260,7 +259,7 @@ class CAPS(Agent):
         weight = torch.stack(weights, -1) @ self.mixture.to(log_prob)
         head_loss = -(weight * log_prob).mean(1)  # [M, H]
         actor_loss = head_loss.mean(-1)
-        self._decay()
+        self.decay(self.actor_optimizer, c.actor_lr, c.actor_decay_steps)
         self.minimise(self.actor_optimizer, actor_loss)
         polyak(self.critic_target, self.actor.critic, c.tau)
         polyak(self.cost_critic_target, self.actor.cost_critic, c.tau)
@@ -275,15 +274,6 @@ class CAPS(Agent):
             "q": q.detach().mean((1, 2)),
             "cost_q": cost_q.detach().mean((1, 2)),
         }
-
-    def _decay(self) -> None:
-        """The actor's rate for this update: a function of Adam's own counter on the device."""
-        steps = self.config.actor_decay_steps
-        slots = self.actor_optimizer.state.get(self.actor.heads.log_std)
-        if steps and slots:  # before its first step the rate is that of the start
-            phase = (slots["step"].double() / steps).clamp(max=1.0)
-            rate = self.config.actor_lr * 0.5 * (1 + torch.cos(math.pi * phase))
-            self.actor_optimizer.param_groups[0]["lr"].copy_(rate)
 
 
 def tracked(policy: Policy, cost_limit: float, **options: Any) -> Shield:

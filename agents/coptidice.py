@@ -47,9 +47,11 @@ from saferl.data.buffer import Batch
 from saferl.errors import SaferlError
 from saferl.nn import MLP, TanhGaussianActor, VEnsemble
 from saferl.rng import MemberRandom
+from saferl.safety.guardians.features import DataBuffers
 
 from .base import Agent, Metrics
-from .limited import Limited, LimitedConfig, costs_of
+from .costs import costs_of
+from .limited import Limited, LimitedConfig
 
 STEEP = 5.0  # slope of ν and χ from which the penalty counts
 
@@ -67,26 +69,21 @@ class COptiDICEConfig(LimitedConfig):
     gradient_penalty: float = 1e-5  # g
 
 
-class Starts(nn.Module):
+class Starts(DataBuffers):
     """First observations of the logged episodes, in the agent's units; all members share them."""
 
-    def __init__(self, observation_dim: int):
+    def __init__(self):
         super().__init__()
-        self.register_buffer("rows", torch.empty(0, observation_dim))
+        self.declare("rows")  # [N, O]
 
     def sample(self, random: MemberRandom, count: int) -> Tensor:
         """``[M, count, O]``, uniformly with replacement."""
-        if not len(self.rows):
+        if self.rows is None:
             raise SaferlError(
                 "coptidice needs the first observations of the logged episodes: call "
                 "agent.fit(dataset, print) before the first update"
             )
         return self.rows[random.integers(len(self.rows), count)]
-
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
-        if f"{prefix}rows" in state:  # of any number
-            self.rows = torch.empty_like(state[f"{prefix}rows"], device=self.rows.device)
-        super()._load_from_state_dict(state, prefix, *others)
 
 
 class COptiDICE(Limited, Agent):
@@ -97,7 +94,7 @@ class COptiDICE(Limited, Agent):
 
     def build(self, init: MemberRandom) -> None:
         c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim
-        alphas = c.alpha if isinstance(c.alpha, tuple) else (c.alpha,)
+        alphas = self.column("alpha")
         if not min(alphas) > 0:
             raise SaferlError(f"alpha is a number above 0, got {min(alphas):g}")
         self.allowed, self.unit = self.limits("step")  # ĉ; a cost of 1 per episode
@@ -106,7 +103,7 @@ class COptiDICE(Limited, Agent):
         self.chi = VEnsemble(init, o, c.hidden)
         self.log_lambda = nn.Parameter(torch.zeros(self.members, device=self.device))
         self.log_tau = nn.Parameter(torch.zeros(self.members, device=self.device))
-        self.starts = Starts(o)
+        self.starts = Starts()
         self.actor_optimizer = self.adam(self.actor, lr=c.actor_lr)
         parameters = self.nu, self.chi, self.log_lambda, self.log_tau
         self.optimizer = self.adam(*parameters, lr=c.lr)

@@ -25,7 +25,6 @@ is met is for the evaluation to say.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +36,10 @@ from saferl.data.buffer import Batch
 from saferl.errors import SaferlError
 from saferl.nn import QEnsemble, polyak
 from saferl.rng import MemberRandom
-from saferl.safety.limits import check_limit, convert, no_costs
+from saferl.safety.limits import check_limit, convert, no_costs, relative_excess
 from saferl.safety.multipliers import Multipliers
 
-from .base import AgentConfig
+from .base import Agent, AgentConfig, per_member
 
 Weights = tuple[Tensor, Tensor]  # of Q and of Qc in P, each [M, 1]
 
@@ -71,7 +70,7 @@ class CostCritic(nn.Module):
     ):
         super().__init__()
         self.online = QEnsemble(init, observation_dim, action_dim, hidden, ensemble)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.target = Agent.target_of(self.online)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """max_e Qc_e, ``[M, B, O], [M, B, A]`` to ``[M, B]``."""
@@ -113,8 +112,7 @@ class Constraint(nn.Module):
         super().__init__()
 
         def column(name: str) -> list[float]:
-            value = getattr(config, name)
-            return list(value) if isinstance(value, tuple) else [value] * members
+            return per_member(config, name, members)
 
         limits = [check_limit(limit, infinite=True) for limit in column("cost_limit")]
         for discount in column("cost_discount"):
@@ -164,10 +162,7 @@ class Constraint(nn.Module):
 
     def excess(self, cost: Tensor) -> Tensor:
         """e of estimates J ``[M]`` of the discounted cost; -1 where there is no limit."""
-        distance = (cost - self.budget) / (cost.abs() + self.budget)
-        # 0 / 0, a cost of exactly nothing at a limit of 0, is no excess.
-        distance = distance.masked_fill(cost == self.budget, 0.0)
-        return distance.masked_fill(self.budget.isinf(), -1.0)
+        return relative_excess(cost, self.budget)
 
     @torch.no_grad()
     def step(self, cost: Tensor) -> dict[str, Tensor]:
@@ -226,18 +221,25 @@ class CostLimited:
         Returns:
             y_c ``[M, B]`` and the loss ``[M]``.
         """
-        if batch.costs is None:
-            raise SaferlError(no_costs("the batch"))
-        self.constraint.observe(batch.costs)
+        self.constraint.observe(costs_of(batch))
         backup = self.cost_critic.backup(batch, self.scalar("cost_discount"), next_actions)
         loss = self.cost_critic.loss(batch, backup)
         self.minimise(self.cost_optimizer, loss)
         return backup, loss.detach()
 
 
+def costs_of(batch: Batch) -> Tensor:
+    """The costs ``[M, B]`` of a batch.
+
+    Raises:
+        SaferlError: it has none.
+    """
+    if batch.costs is None:
+        raise SaferlError(no_costs("the batch"))
+    return batch.costs
+
+
 def _limits(config: CostConfig) -> list[float]:
     """The finite limits of the members, checked."""
-    value = config.cost_limit
-    limits = value if isinstance(value, tuple) else (value,)
-    checked = [check_limit(limit, infinite=True) for limit in limits]
+    checked = [check_limit(v, infinite=True) for v in per_member(config, "cost_limit")]
     return [limit for limit in checked if limit < math.inf]

@@ -46,8 +46,8 @@ from saferl.nn import VAE, QEnsemble, TanhGaussianActor, polyak
 from saferl.rng import MemberRandom
 
 from .base import Agent, Metrics
-from .costs import CostCritic
-from .limited import Limited, LimitedConfig, costs_of
+from .costs import CostCritic, costs_of
+from .limited import Limited, LimitedConfig
 
 LOG_ALPHA = 5.0  # largest |log α|
 
@@ -78,7 +78,7 @@ class CPQ(Limited, Agent):
         c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim
         if not 0 <= c.ood_quantile < 1:
             raise SaferlError(f"ood_quantile lies between 0 and below 1, got {c.ood_quantile:g}")
-        starts = c.alpha if isinstance(c.alpha, tuple) else (c.alpha,) * self.members
+        starts = self.column("alpha")
         if not all(math.exp(-LOG_ALPHA) <= start <= math.exp(LOG_ALPHA) for start in starts):
             raise SaferlError(f"alpha lies between exp(-5) and exp(5), got {c.alpha}")
         self.budget, self.unit = self.limits("discounted")  # q; a cost of 1 per episode

@@ -130,12 +130,6 @@ class Limits(nn.Module):
         ]
         return (self.budget - torch.stack(margin, 1)).clamp_min(0) if margin else self.budget
 
-    @staticmethod
-    def relative(total: Tensor, budget: Tensor) -> Tensor:
-        """(J - d) / (|J| + d) in [-1, 1]; 0 / 0 is 0, and -1 where there is no limit."""
-        distance = (total - budget) / (total.abs() + budget)
-        return distance.masked_fill(total == budget, 0.0).masked_fill(budget.isinf(), -1.0)
-
 
 class Guarded(CostLimited, Agent):
     """Models, guardian and budgets; a subclass provides the policy's distribution and `learn`.
@@ -171,8 +165,7 @@ class Guarded(CostLimited, Agent):
     def build(self, init: MemberRandom) -> None:
         c, spec = self.config, self.spec
         self._check()
-        limited = any(limit < np.inf for limit in self._column("cost_limit"))
-        guarded = c.guardian != "none"
+        limited, guarded = self.limited, c.guardian != "none"
         self.absorbs = guarded and c.ood_mode in ("constraint_absorb", "penalty")
         names = ["ood"] if guarded and c.ood_mode.startswith("constraint") else []
         names += ["cost"] if limited else []
@@ -208,8 +201,8 @@ class Guarded(CostLimited, Agent):
         else:
             self.replay = models
         self.limits = Limits(self.members, tuple(names), count - 1)
-        discounts = [self._column("discount")]
-        discounts += [self._column("cost_discount" if n == "cost" else "discount") for n in names]
+        discounts = [self.column("discount")]
+        discounts += [self.column("cost_discount" if n == "cost" else "discount") for n in names]
         self._discounts = torch.tensor(discounts, device=self.device).T[:, None]  # [M, 1, K]
         size = spec.observation_dim
         self._mean = torch.tensor(spec.observation_mean or (0.0,) * size, device=self.device)
@@ -235,9 +228,10 @@ class Guarded(CostLimited, Agent):
         if not (c.kl > 0 and 0 < c.curvature_share <= 1 and 0 < c.smoothing <= 1):
             raise SaferlError("kl is above 0, curvature_share and smoothing lie in (0, 1]")
 
-    def _column(self, name: str) -> list[float]:
-        value = getattr(self.config, name)
-        return list(value) if isinstance(value, tuple) else [value] * self.members
+    @property
+    def limited(self) -> bool:
+        """Whether some member has a finite limit on its cost."""
+        return any(limit < np.inf for limit in self.column("cost_limit"))
 
     def _make_model(self, init: MemberRandom, costs: int) -> Model:
         c, settings = self.config, options(self.config.model_options)
@@ -281,13 +275,13 @@ class Guarded(CostLimited, Agent):
         """Limits in the units of the estimates; episodes last ``length`` steps."""
         c, columns = self.config, []
         units = [convert(1.0, "discounted", horizon=length, discount=discount)
-                 for discount in self._column("cost_discount")]  # fmt: skip
+                 for discount in self.column("cost_discount")]  # fmt: skip
         for name in self.limits.names:
             if name == "ood":
                 columns.append([ood_budget(c.ood_probability, discount, c.horizon)
-                                for discount in self._column("discount")])  # fmt: skip
+                                for discount in self.column("discount")])  # fmt: skip
             else:
-                limits = [check_limit(v, infinite=True) for v in self._column("cost_limit")]
+                limits = [check_limit(v, infinite=True) for v in self.column("cost_limit")]
                 columns.append([limit * unit for limit, unit in zip(limits, units)])
             numbers = ", ".join(f"{value:.4g}" for value in dict.fromkeys(columns[-1]))
             say(f"budget of {name}: {numbers} per played episode")
@@ -313,6 +307,5 @@ class Guarded(CostLimited, Agent):
 
     def pattern(self, update: int) -> Hashable:
         """Which resampled model this update compares with."""
-        limited = any(limit < np.inf for limit in self._column("cost_limit"))
-        count = self.config.margin_models if limited else 0
+        count = self.config.margin_models if self.limited else 0
         return update % count if count else None

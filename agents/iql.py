@@ -21,7 +21,6 @@ Deviations:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +57,6 @@ class IQL(Agent):
         self.critic = QEnsemble(init, o, a, c.hidden, 2)
         self.value = VEnsemble(init, o, c.hidden)
         self.critic_target = self.target_of(self.critic)
-        # A tensor, so that the rate can fall without the host.
         rate = torch.tensor(c.actor_lr, device=self.device)
         self.actor_optimizer = self.adam(self.actor, lr=rate)
         self.critic_optimizer = self.adam(self.critic, lr=c.critic_lr)
@@ -89,7 +87,7 @@ class IQL(Agent):
             batch.observations, batch.actions, c.actor_dropout, self.random
         )
         actor_loss = -(weight * log_prob).mean(-1)
-        self._decay()
+        self.decay(self.actor_optimizer, c.actor_lr, c.actor_decay_steps)
         self.minimise(self.actor_optimizer, actor_loss)
         return {
             "critic_loss": critic_loss.detach(),
@@ -99,12 +97,3 @@ class IQL(Agent):
             "v": v.detach().mean(-1),
             "advantage_weight": weight.mean(-1),
         }
-
-    def _decay(self) -> None:
-        """The actor's rate for this update: a function of Adam's own counter on the device."""
-        steps = self.config.actor_decay_steps
-        slots = self.actor_optimizer.state.get(next(self.actor.parameters()))
-        if steps and slots:  # before its first step the rate is that of the start
-            phase = (slots["step"].double() / steps).clamp(max=1.0)
-            rate = self.config.actor_lr * 0.5 * (1 + torch.cos(math.pi * phase))
-            self.actor_optimizer.param_groups[0]["lr"].copy_(rate)

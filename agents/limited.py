@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from saferl.data.buffer import Batch
 from saferl.errors import SaferlError
-from saferl.safety.limits import CostLimit, check_limit, convert, no_costs
+from saferl.safety.limits import CostLimit, check_limit, convert
 
 from .base import AgentConfig
 
@@ -31,17 +30,6 @@ class Limited:
     needs_costs: ClassVar[bool] = True
     discount_of_costs: ClassVar[str] = "cost_discount"  # the field that holds it
 
-    @classmethod
-    def prepare(cls, dataset: Any, config: LimitedConfig) -> Any:
-        """All of the dataset.
-
-        Raises:
-            SaferlError: it has no costs.
-        """
-        if dataset.costs is None:
-            raise SaferlError(no_costs(dataset.card.id))
-        return super().prepare(dataset, config)
-
     def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
         """Say what each limit is to the losses."""
         for limit, discount in dict.fromkeys(self._limits()):
@@ -50,18 +38,13 @@ class Limited:
 
     def _limits(self) -> list[tuple[float, float]]:
         """(limit, discount of costs) of each member, the limit checked."""
-
-        def column(name: str) -> tuple[float, ...]:
-            value = getattr(self.config, name)
-            return value if isinstance(value, tuple) else (value,) * self.members
-
-        discounts = column(self.discount_of_costs)
+        discounts = self.column(self.discount_of_costs)
         for discount in discounts:
             if not 0 <= discount < 1:
                 raise SaferlError(
                     f"{self.discount_of_costs} lies between 0 and below 1, got {discount:g}"
                 )
-        return [(check_limit(limit), g) for limit, g in zip(column("cost_limit"), discounts)]
+        return [(check_limit(limit), g) for limit, g in zip(self.column("cost_limit"), discounts)]
 
     def limits(self, unit: str) -> tuple[Tensor, Tensor]:
         """Each member's limit in a unit of `saferl.safety.limits.convert`, and a cost of 1 there.
@@ -76,14 +59,3 @@ class Limited:
         units = [convert(1.0, unit, horizon=self.spec.horizon, discount=g) for _, g in pairs]
         values = [limit * one for (limit, _), one in zip(pairs, units)]
         return torch.tensor(values, device=self.device), torch.tensor(units, device=self.device)
-
-
-def costs_of(batch: Batch) -> Tensor:
-    """The costs ``[M, B]`` of a batch.
-
-    Raises:
-        SaferlError: it has none.
-    """
-    if batch.costs is None:
-        raise SaferlError(no_costs("the batch"))
-    return batch.costs

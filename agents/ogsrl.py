@@ -32,13 +32,14 @@ from torch import Tensor, nn
 from saferl.data.buffer import Batch
 from saferl.errors import SaferlError
 from saferl.nn import CategoricalActor, GaussianActor
-from saferl.nn.policies import gaussian_log_prob
+from saferl.nn.policies import gaussian_log_prob, sample_categorical
 from saferl.rng import MemberRandom
+from saferl.safety.limits import relative_excess
 from saferl.safety.models import Model
 
 from .base import Metrics
-from .guarded import Guarded, Limits
-from .rollouts import Rollout, advantages, discounting, sample_categorical, simulate
+from .guarded import Guarded
+from .rollouts import Rollout, advantages, discounting, simulate
 from .trust_region import (
     RECOVERY,
     Surrogates,
@@ -169,7 +170,7 @@ class _Learner(Guarded):
         if c.optimiser == "cpo":  # under the tightest of the limits, member by member
             excess = self.limits.excess(totals, c.smoothing, c.integral)
             budget = self.limits.tightened()
-            worst = Limits.relative(excess + budget, budget).argmax(1, keepdim=True)
+            worst = relative_excess(excess + budget, budget).argmax(1, keepdim=True)
             chosen = excess.gather(1, worst)
             b = gradient(start.costs.gather(1, worst)[:, 0], parameters)
             inverse_b = conjugate_gradient(product, b, c.cg_iterations)
@@ -188,7 +189,7 @@ class _Learner(Guarded):
     def _ppo(self, rollout: Rollout, found: Tensor, totals: Tensor) -> Metrics:
         c, rows, weight = self.config, _Rows.of(rollout), rollout.alive.flatten(1)
         steps = weight.sum(1)
-        self.multipliers.update(Limits.relative(totals, self.limits.tightened()))
+        self.multipliers.update(relative_excess(totals, self.limits.tightened()))
         price = self.multipliers.value().masked_fill(self.limits.budget.isinf(), 0.0)
         scaled = _standardise(found.flatten(1, 2), weight)
         paid = (scaled[..., 1:] * price[:, None]).sum(-1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
 from saferl.nn import CategoricalActor
+from saferl.nn.policies import sample_categorical
 from saferl.rng import MemberRandom
 from saferl.safety.guardians import Guardian, make_guardian
 from saferl.safety.guardians.features import DataBuffers
@@ -93,13 +94,15 @@ def fit_guardian(
             f"but there are {count}: the guardian takes {least:.3g} and flags more"
         )
         alpha = least
-    ids = [np.repeat(np.arange(len(part.episodes)), part.episode_lengths())
-           for part in (train, held)]  # fmt: skip
     following = flat(train.next_observations)
     guardian.fit(
-        flat(train.observations), train.actions, groups=ids[0], next_observations=following
+        flat(train.observations),
+        train.actions,
+        groups=train.episode_ids(),
+        next_observations=following,
     )
-    guardian.calibrate(flat(held.observations), held.actions, alpha, ids[1] + len(train.episodes))
+    others = held.episode_ids() + len(train.episodes)  # no number of theirs was fitted
+    guardian.calibrate(flat(held.observations), held.actions, alpha, others)
     say(
         f"guardian: {type(guardian).__name__} of {len(train)} rows, alpha {alpha:.3g} by {count} "
         f"episodes, threshold {float(guardian.threshold):.4g}"
@@ -213,12 +216,6 @@ class MaskedActor(nn.Module):
 
     def sample(self, observations: Tensor, random: MemberRandom) -> Tensor:
         return sample_categorical(self(observations), random)
-
-
-def sample_categorical(log_prob: Tensor, random: MemberRandom) -> Tensor:
-    """Actions ``[M, B]`` from log probabilities ``[M, B, actions]``, by Gumbel's trick."""
-    uniform = random.uniform(*log_prob.shape[1:]).clamp_min(1e-20)
-    return (log_prob - (-uniform.log()).log()).argmax(-1)
 
 
 class Rollout(NamedTuple):

@@ -31,7 +31,7 @@ from typing import Any
 import common
 import evidence_report
 import numpy as np
-from scores import EVALUATION_SEED, SHARED_DATA, SharedPolicy
+from scores import EVALUATION_SEED, SHARED_DATA, SharedPolicy, facts_of, rolled_out_card
 from scores_report import NOT_D4RL
 
 AGENTS = ("a2pr", "td3_bc", "bc", "iql", "cql")
@@ -108,7 +108,7 @@ class Snapshot(SharedPolicy):
 
 def rolled_out(name: str, size: int | None) -> Any:
     """A dataset of `SHARED`, from a cache beside the bundled ones."""
-    from saferl.data import Card, Dataset, load_dataset
+    from saferl.data import Dataset, load_dataset
     from saferl.data.files import data_dir
     from saferl.envs.bundled import ROBOTS
     from saferl.evaluation import collect_transitions
@@ -132,16 +132,8 @@ def rolled_out(name: str, size: int | None) -> Any:
         runs.append(
             collect_transitions(policy, robot.env_id, steps, 1000 * number, stochastic=True)
         )
-    card = Card(
-        id=name,
-        env_id=robot.env_id,
-        action_low=(-1.0,) * robot.action_dim,
-        action_high=(1.0,) * robot.action_dim,
-        reference_returns=robot.reference_returns,
-        reference_source="D4RL",
-        licence="MIT",
-        origin=f"rolled out by saferl from the policies of {', '.join(paths)}; not D4RL's",
-    )
+    origin = f"rolled out by saferl from the policies of {', '.join(paths)}; not D4RL's"
+    card = rolled_out_card(name, robot, origin)
     arrays = {field: np.concatenate([run[field] for run in runs]) for field in Dataset.FIELDS}
     cached.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_arrays(**arrays, card=card).save(cached)
@@ -155,21 +147,6 @@ def dataset_of(name: str, size: int | None) -> Any:
     if name in SHARED:
         return rolled_out(name, size)
     return saferl.load_dataset(name, **({"size": size} if size else {}))
-
-
-def facts_of(data: Any) -> dict[str, Any]:
-    """What the report needs to know of a dataset."""
-    returns = data.episode_returns()
-    return {
-        "fingerprint": data.fingerprint,
-        "env": data.card.env_id,
-        "origin": data.card.origin,
-        "transitions": len(data),
-        "episodes": len(returns),
-        "mean_return": float(np.mean(returns)),
-        "best_return": float(np.max(returns)),
-        "reference_returns": list(data.card.reference_returns),
-    }
 
 
 # One training --------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def dataset_of(name: str, size: int | None) -> Any:
 
     if name not in SHARED:
         return saferl.load_dataset(name, **({"size": size} if size else {}))
-    from saferl.data import Card, Dataset
+    from saferl.data import Dataset
     from saferl.envs.bundled import ROBOTS
     from saferl.evaluation.rollout import collect_transitions
 
@@ -93,7 +93,15 @@ def dataset_of(name: str, size: int | None) -> Any:
     robot = ROBOTS[robot]
     policy = SharedPolicy(SHARED_DATA / file)
     arrays = collect_transitions(policy, robot.env_id, size or 100_000, seed=0, stochastic=True)
-    card = Card(
+    origin = "rolled out by saferl from a policy of rl-trained-agents, not D4RL's"
+    return Dataset.from_arrays(**arrays, card=rolled_out_card(name, robot, origin))
+
+
+def rolled_out_card(name: str, robot: Any, origin: str) -> Any:
+    """The card of data that somebody else's policies made in a robot's environment."""
+    from saferl.data import Card
+
+    return Card(
         id=name,
         env_id=robot.env_id,
         action_low=(-1.0,) * robot.action_dim,
@@ -101,9 +109,23 @@ def dataset_of(name: str, size: int | None) -> Any:
         reference_returns=robot.reference_returns,
         reference_source="D4RL",
         licence="MIT",
-        origin="rolled out by saferl from a policy of rl-trained-agents, not D4RL's",
+        origin=origin,
     )
-    return Dataset.from_arrays(**arrays, card=card)
+
+
+def facts_of(data: Any) -> dict[str, Any]:
+    """What a report needs to know of a dataset."""
+    returns = data.episode_returns()
+    return {
+        "fingerprint": data.fingerprint,
+        "env": data.card.env_id,
+        "origin": data.card.origin,
+        "transitions": len(data),
+        "episodes": len(returns),
+        "mean_return": float(np.mean(returns)),
+        "best_return": float(np.max(returns)),
+        "reference_returns": list(data.card.reference_returns),
+    }
 
 
 class Ours:
@@ -122,18 +144,9 @@ class Ours:
         data = self._dataset(dataset, size)
         names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
         np.savez(path, **{name: getattr(data, name) for name in names})
-        returns, costs = data.episode_returns(), data.episode_costs()
-        return {
-            "fingerprint": data.fingerprint,
-            "env": data.card.env_id,
-            "origin": data.card.origin,
-            "transitions": len(data),
-            "episodes": len(returns),
-            "mean_return": float(np.mean(returns)),
-            "best_return": float(np.max(returns)),
-            "mean_cost": None if costs is None else float(np.mean(costs)),
-            "reference_returns": data.card.reference_returns,
-        }
+        costs = data.episode_costs()
+        mean_cost = None if costs is None else float(np.mean(costs))
+        return facts_of(data) | {"mean_cost": mean_cost}
 
     def reward_scale(self, dataset: str, size: int | None, normalize: bool) -> float:
         """The factor by which our side scales rewards, for the peer to do the same."""

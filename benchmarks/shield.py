@@ -168,7 +168,7 @@ def sepsis(seeds: int, episodes: int) -> list[dict[str, Any]]:
     for seed in range(seeds):
         data = icu.make_dataset(episodes=episodes, seed=seed, observation="index")
         greedy, common_action = plan_from(data, icu)
-        episode = np.repeat(np.arange(len(data.episodes)), data.episode_lengths())
+        episode = data.episode_ids()
         fitted = episode < 0.8 * episodes
         guardian = make_guardian("count", n_actions=icu.ACTIONS)
         rows = data.observations, data.actions

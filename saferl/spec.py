@@ -78,7 +78,7 @@ class Spec:
             observation_std=std,
             reward_scale=scale,
             reward_shift=float(config.reward_shift),
-            horizon=int(card.horizon or max(dataset.episode_lengths(), default=0)),
+            horizon=dataset.horizon,
         )
 
     @classmethod

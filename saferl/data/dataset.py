@@ -278,6 +278,11 @@ class Dataset:
         """``[E]`` int64, steps of each complete episode."""
         return self.episodes[:, 1] - self.episodes[:, 0]
 
+    @property
+    def horizon(self) -> int:
+        """Steps of an episode: the card's, or those of the longest complete one; 0 without one."""
+        return int(self.card.horizon or max(self.episode_lengths(), default=0))
+
     def episode_ids(self) -> np.ndarray:
         """``[N]`` int64, the number of each row's episode; a trailing fragment has its own."""
         ends = self.terminals | self.timeouts

@@ -174,9 +174,16 @@ class CategoricalActor(nn.Module):
         return self(observations).argmax(-1)
 
     def sample(self, observations: Tensor, random: MemberRandom) -> Tensor:
-        # Gumbel's trick: arg max of log p + Gumbel noise is a sample of the categorical.
-        uniform = random.uniform(*observations.shape[1:-1], self.mlp.sizes[-1])
-        return (self(observations) - (-uniform.clamp_min(1e-20).log()).log()).argmax(-1)
+        return sample_categorical(self(observations), random)
+
+
+def sample_categorical(log_prob: Tensor, random: MemberRandom) -> Tensor:
+    """Actions ``[M, B]`` from log probabilities ``[M, B, actions]``.
+
+    Gumbel's trick: arg max of log p + Gumbel noise is a sample of the categorical.
+    """
+    uniform = random.uniform(*log_prob.shape[1:])
+    return (log_prob - (-uniform.clamp_min(1e-20).log()).log()).argmax(-1)
 
 
 class Policy(nn.Module):

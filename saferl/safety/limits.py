@@ -91,6 +91,12 @@ def _discounted_steps(horizon: int, discount: float | Tensor) -> float | Tensor:
     return torch.where(discount == 1, float(horizon), spent)
 
 
+def relative_excess(cost: Tensor, budget: Tensor) -> Tensor:
+    """(J - d) / (|J| + d) in [-1, 1], without a unit; 0 / 0 is 0, and -1 where d is infinite."""
+    distance = (cost - budget) / (cost.abs() + budget)
+    return distance.masked_fill(cost == budget, 0.0).masked_fill(budget.isinf(), -1.0)
+
+
 def check_limit(limit: Any, infinite: bool = False) -> float:
     """A cost limit as a float.
 
@@ -155,7 +161,7 @@ def limit_warnings(dataset: Any, limits: Sequence[float]) -> list[str]:
     lines = []
     for limit in limits:
         episodes = dataset.episode_costs()
-        steps = dataset.card.horizon or int(max(dataset.episode_lengths(), default=0))
+        steps = dataset.horizon
         largest = float(dataset.costs.max())
         if steps and limit >= largest * steps:
             lines.append(

@@ -139,9 +139,6 @@ class Model(DataBuffers):
             raise SaferlError("outcomes must be above 0 at terminal rows and 0 at all others")
         if outcomes.min() < 0 or outcomes.max() > self.outcomes:
             raise SaferlError(f"outcomes must lie in 0 … {self.outcomes}: make the model with more")
-        starts = np.concatenate([[0], np.flatnonzero(dataset.terminals | dataset.timeouts) + 1])
-        episode = np.zeros(n, np.int64)
-        episode[starts[(starts > 0) & (starts < n)]] = 1
 
         def tensor(array: np.ndarray) -> Tensor:
             return torch.tensor(array, device=self.device)  # copies: a dataset's are read-only
@@ -153,7 +150,7 @@ class Model(DataBuffers):
             "costs": tensor(costs),
             "next_observations": tensor(dataset.next_observations.reshape(n, -1)).float(),
             "outcomes": tensor(outcomes),
-            "episodes": tensor(episode.cumsum()),
+            "episodes": tensor(dataset.episode_ids()),
         }
 
     def _ready(self) -> None:

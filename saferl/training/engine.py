@@ -97,7 +97,8 @@ class Engine:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._learn = Compiled(agent) if self.kind == "compile" else None
-        self._graphs: dict[tuple[Hashable, ...], Recorded | None] = {}
+        self._graphs: dict[tuple[Hashable, ...], Recorded] = {}
+        self._seen: set[tuple[Hashable, ...]] = set()  # sequences that have run eagerly
         # All graphs work in the same memory: what outlives an update was allocated before them.
         self.pool = torch.cuda.graph_pool_handle() if self.kind == "cuda_graph" else None
 
@@ -130,16 +131,16 @@ class Engine:
         """``size`` updates: eagerly when their sequence comes first, then recorded and replayed."""
         agent = self.agent
         key = tuple(agent.pattern(agent.updates + i) for i in range(1, size + 1))
-        if key not in self._graphs or len(self._graphs) > MAX_GRAPHS:
-            # The first time also creates what may not be created while recording: optimiser
-            # slots, sums, tensors of hyper-parameters.
-            for _ in range(size):
-                self._update()
-            self._graphs[key] = None
-            return
-        if self._graphs[key] is None:
+        if key in self._seen and key not in self._graphs and len(self._graphs) < MAX_GRAPHS:
             self._graphs[key] = Recorded(self, size)
-        self._graphs[key].replay()
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        # The first time also creates what may not be created while recording: optimiser slots,
+        # sums, tensors of hyper-parameters.
+        for _ in range(size):
+            self._update()
+        self._seen.add(key)
 
     def read(self) -> dict[str, np.ndarray]:
         """Mean of each metric since the last read, ``[M]``: the only wait for the device."""
@@ -162,7 +163,8 @@ class Engine:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.buffer.load_state_dict(part(state, "buffer."))
-        self._graphs = {}  # they hold the memory of what is replaced here
+        # They hold the memory of what is replaced here.
+        self._graphs, self._seen = {}, set()
         self._sums = {k: v.to(self.agent.device).clone() for k, v in part(state, "sum.").items()}
         self._counts = {k: int(v) for k, v in part(state, "count.").items()}
 

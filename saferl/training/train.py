@@ -320,8 +320,8 @@ def _constrain(limits: list[float], settings: dict[str, Any]) -> tuple[list[floa
 
 def _check_machine(online: bool, engine: str, precision: str, device: torch.device) -> None:
     """Say before any data are read what the device cannot do."""
-    kind = pick_engine(engine, device)
-    if online and kind != "eager" and engine != "auto":
+    pick_engine(engine, device)
+    if online and engine not in ("auto", "eager"):
         raise SaferlError(f"engine {engine} needs a dataset: online training steps environments")
     check_precision(precision, device)
 
