@@ -14,6 +14,7 @@ from saferl.errors import SaferlError, unknown
 from saferl.nn import VEnsemble
 from saferl.rng import MemberRandom
 from saferl.safety.guardians import FeatureMap, Guardian
+from saferl.safety.guardians.fitting import fit_guardian, guardian_for, split
 from saferl.safety.limits import check_limit, convert
 from saferl.safety.models import Model, make_model
 from saferl.safety.multipliers import Multipliers
@@ -23,12 +24,9 @@ from .costs import CostConfig, CostLimited
 from .rollouts import (
     MaskedActor,
     World,
-    fit_guardian,
-    guardian_for,
     ood_budget,
     options,
     resample,
-    split,
 )
 
 OPTIMISERS = ("cpo", "trpo", "ppo_lag")
@@ -181,7 +179,7 @@ class Guarded(CostLimited, Agent):
             )
         guardian = None
         if guarded:
-            guardian = guardian_for(c.guardian, spec, c.levels, c.guardian_options)
+            guardian = guardian_for(c.guardian, spec, c.levels, **options(c.guardian_options))
         self.world = World(guardian)
         actor = self._make_actor(init)
         self.mask = spec.action_dim if guarded and c.ood_mode == "mask" else 0

@@ -1,6 +1,5 @@
 """Episodes of a policy in a learned model, under a guardian, and what is estimated from them.
 
-split      whole episodes to learn from, and others to calibrate on
 World      the guardian, the states that episodes start from, and a table of its answers
 simulate   N episodes of H steps in a model
 advantages generalised advantage estimation of several signals at once
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from saferl.data.dataset import Dataset
-from saferl.errors import SaferlError
 from saferl.nn import CategoricalActor
 from saferl.nn.policies import sample_categorical
 from saferl.rng import MemberRandom
-from saferl.safety.guardians import Guardian, make_guardian
+from saferl.safety.guardians import Guardian
 from saferl.safety.guardians.features import DataBuffers
+from saferl.safety.guardians.fitting import flat
 from saferl.safety.guardians.search import distinct_rows, row_keys
 from saferl.safety.models import Model
 from saferl.spec import Spec
@@ -42,85 +41,10 @@ def options(text: str) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
 
 
-def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
-    """Training and calibration episodes, the same for every member and run.
-
-    Raises:
-        SaferlError: a share outside (0, 1), or fewer than two episodes.
-    """
-    if not 0 < share < 1:
-        raise SaferlError(f"calibration = {share} is not in (0, 1): 0.2 keeps a fifth aside")
-    count = len(dataset.episodes)
-    if count < 2:
-        raise SaferlError(
-            f"{dataset.card.id} has {count} complete episode(s): two are needed, one to learn from "
-            "and one to calibrate on"
-        )
-    order = np.random.default_rng(0).permutation(count)
-    held = min(max(1, round(share * count)), count - 1)
-    return (
-        dataset.subset(episodes=np.sort(order[held:])),
-        dataset.subset(episodes=np.sort(order[:held])),
-    )
-
-
 def resample(dataset: Dataset, seed: int) -> Dataset:
     """As many episodes, drawn with replacement."""
     count = len(dataset.episodes)
     return dataset.subset(episodes=np.random.default_rng(seed).integers(count, size=count))
-
-
-def flat(observations: np.ndarray) -> np.ndarray:
-    return np.asarray(observations, np.float32).reshape(len(observations), -1)
-
-
-def fit_guardian(
-    guardian: Guardian,
-    train: Dataset,
-    held: Dataset,
-    alpha: float,
-    say: Callable[[str], None],
-) -> None:
-    """Fit to training episodes and set the threshold by the held-out ones.
-
-    With G held-out episodes no level below 1/(G+1) can be had; the next possible one is then taken,
-    which flags more, and said.
-    """
-    count = len(held.episodes)
-    least = 1 / (count + 1)
-    if 0 < alpha < least:
-        say(
-            f"warning: alpha = {alpha:g} needs {int(np.ceil(1 / alpha)) - 1} calibration episodes "
-            f"but there are {count}: the guardian takes {least:.3g} and flags more"
-        )
-        alpha = least
-    following = flat(train.next_observations)
-    guardian.fit(
-        flat(train.observations),
-        train.actions,
-        groups=train.episode_ids(),
-        next_observations=following,
-    )
-    others = held.episode_ids() + len(train.episodes)  # no number of theirs was fitted
-    guardian.calibrate(flat(held.observations), held.actions, alpha, others)
-    say(
-        f"guardian: {type(guardian).__name__} of {len(train)} rows, alpha {alpha:.3g} by {count} "
-        f"episodes, threshold {float(guardian.threshold):.4g}"
-    )
-
-
-def guardian_for(name: str, spec: Spec, levels: tuple[int, ...], settings: str) -> Guardian:
-    """A guardian of the task's kind of actions.
-
-    Args:
-        levels: numbers of levels of the factors of a discrete action, slowest first; empty: the
-            actions have no order.
-    """
-    chosen: dict[str, Any] = {}
-    if spec.discrete:
-        chosen = {"n_actions": levels or spec.action_dim}
-        chosen["action_encoding"] = "levels" if levels else "onehot"
-    return make_guardian(name, **chosen | options(settings))
 
 
 class World(DataBuffers):

@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from saferl.envs import bundled
-from saferl.evaluation.rollout import collect_transitions
+from saferl.evaluation import collect_transitions
 
 COMMAND = "python benchmarks/make_behaviours.py {robot} --penalties {penalties} --seed {seed}"
 MEDIUM = 0.4  # of the expert's return

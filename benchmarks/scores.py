@@ -87,7 +87,7 @@ def dataset_of(name: str, size: int | None) -> Any:
         return saferl.load_dataset(name, **({"size": size} if size else {}))
     from saferl.data import Dataset
     from saferl.envs.bundled import ROBOTS
-    from saferl.evaluation.rollout import collect_transitions
+    from saferl.evaluation import collect_transitions
 
     file, robot = SHARED[name]
     robot = ROBOTS[robot]

@@ -322,7 +322,7 @@ def _generate(recipe: dict[str, Any], progress: bool) -> dict[str, np.ndarray]:
     """Arrays of `Dataset` for a recipe."""
     import torch
 
-    from saferl.evaluation.rollout import collect_transitions
+    from saferl.evaluation import collect_transitions
 
     name, size = recipe["name"], recipe["size"]
     robot = _IDS[name][0]

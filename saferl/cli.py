@@ -223,7 +223,7 @@ def _train(options) -> None:
 
 def _print_tables(path: Path, evaluation, limits) -> None:
     from saferl.data import Card
-    from saferl.evaluation.evaluate import group_names
+    from saferl.evaluation.text import group_names
     from saferl.training.run import RunFolder
 
     if evaluation is None:
@@ -334,7 +334,7 @@ def _merge(options) -> None:
 def _collect(options) -> None:
     _set_threads(options.threads)
     from saferl.data import Dataset
-    from saferl.evaluation.rollout import collect_transitions
+    from saferl.evaluation import collect_transitions
     from saferl.training import load_agent
     from saferl.training.run import RunFolder
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from saferl.evaluation.evaluate import Evaluation, number
+from saferl.evaluation.evaluate import Evaluation
 from saferl.evaluation.statistics import bootstrap_interval
+from saferl.evaluation.text import number
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

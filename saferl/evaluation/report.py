@@ -21,16 +21,10 @@ import numpy as np
 from saferl.data import Card
 from saferl.errors import SaferlError
 from saferl.evaluation import plots
-from saferl.evaluation.evaluate import (
-    NO_COST,
-    Evaluation,
-    cells,
-    check_limit,
-    explanation,
-    group_names,
-    number,
-)
+from saferl.evaluation.evaluate import NO_COST, Evaluation
+from saferl.evaluation.text import cells, explanation, group_names, number
 from saferl.io import write_text
+from saferl.safety.limits import check_limit
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 72rem; margin: 2rem auto;

@@ -1,6 +1,6 @@
 """Rollouts: many environments stepped in lock-step, one batched policy call per step.
 
-`Evaluator` plays whole episodes for M members at once; `collect_transitions` records a data set.
+`Evaluator` plays whole episodes for M members at once.
 Environments are gymnasium's; the cost of a step is ``info["cost"]``, or the third of six returned
 values as in Safety-Gymnasium. Observations of any Box, Discrete or Dict space are flattened to
 float32 the way ``gymnasium.spaces.flatten`` does.
@@ -238,13 +238,20 @@ def _chooser(policy: Any, random: Any = None) -> Callable[[np.ndarray], Any]:
 
 @dataclass(frozen=True)
 class Episodes:
-    """Sums over whole episodes, each array ``[members, episodes]``; costs None if none was seen."""
+    """Sums over whole episodes, each array ``[members, episodes]``.
+
+    ``costs`` is None if none was seen. ``ood``: steps whose action a guardian called unsupported,
+    None without one; ``replaced``: steps at which a shield took another action than the policy's,
+    None for other policies.
+    """
 
     returns: np.ndarray
     costs: np.ndarray | None
     lengths: np.ndarray
     env: str
     seed: int
+    ood: np.ndarray | None = None
+    replaced: np.ndarray | None = None
 
 
 class Evaluator:
@@ -271,13 +278,16 @@ class Evaluator:
         """`check_spaces` with the environments at hand."""
         _check_spaces(self._slots.name, self._slots.spaces, spec)
 
-    def run(self, policy: Any, seed: int = 0, progress: bool = False) -> Episodes:
+    def run(
+        self, policy: Any, seed: int = 0, progress: bool = False, guardian: Any = None
+    ) -> Episodes:
         """Play ``episodes`` whole episodes per member with the deterministic policy.
 
         ``policy(observations [M, B, O]) -> actions [M, B, A]`` (``[M, B]`` when discrete) with
         M = ``policy.members``, or 1 without that attribute. Episode k of every member is reset with
         ``seed + k``: all members meet the same initial states. Actions are clipped to the Box. A
-        step without a cost counts as 0 if any other step had one.
+        step without a cost counts as 0 if any other step had one. ``guardian``: a calibrated one,
+        asked of every executed action and the observation that it was taken on.
         """
         members = int(getattr(policy, "members", 1))
         if members != self.members:
@@ -288,8 +298,11 @@ class Evaluator:
             self.check(policy.spec)
         slots, per_member = self._slots, self._per_member
         choose, guard = _chooser(policy), getattr(policy, "observe", None)  # a Shield's
+        guarded = hasattr(policy, "replaced")
         returns, costs = np.zeros((members, self.episodes)), np.zeros((members, self.episodes))
-        lengths = np.zeros((members, self.episodes), np.int64)
+        lengths, outside, replaced = (
+            np.zeros((members, self.episodes), np.int64) for _ in range(3)
+        )
         owner = np.repeat(np.arange(members), per_member)
         slots.begin(seed)
         for slot in range(len(owner)):
@@ -299,10 +312,14 @@ class Evaluator:
         with _bar(members * self.episodes, "evaluating", "episode", progress) as bar:
             while slots.running.any():
                 ran = slots.running.copy()
-                ended = slots.step(slots.act(choose, members))
+                actions, at = slots.act(choose, members), (owner[ran], slots.episode[ran])
+                if guardian is not None:
+                    outside[at] += guardian.is_ood(slots.observations[ran], actions[ran])
+                if guarded:
+                    replaced[at] += policy.replaced[ran]
+                ended = slots.step(actions)
                 if guard:
                     guard(slots.costs, ~slots.running)
-                at = owner[ran], slots.episode[ran]
                 returns[at] += slots.rewards[ran]
                 costs[at] += slots.costs[ran]
                 lengths[at] += 1
@@ -318,7 +335,15 @@ class Evaluator:
                 "the shield has a cost limit but the environment reports no cost: wrap it in "
                 "saferl.envs.CostWrapper"
             )
-        return Episodes(returns, costs if slots.has_costs else None, lengths, slots.name, seed)
+        return Episodes(
+            returns,
+            costs if slots.has_costs else None,
+            lengths,
+            slots.name,
+            seed,
+            None if guardian is None else outside,
+            replaced if guarded else None,
+        )
 
     def close(self) -> None:
         self._slots.close()
@@ -337,113 +362,12 @@ def rollout(
     seed: int = 0,
     horizon: int | None = None,
     progress: bool = False,
+    guardian: Any = None,
 ) -> Episodes:
     """Play ``episodes`` episodes per member once; see `Evaluator` and `Evaluator.run`."""
     members = int(getattr(policy, "members", 1))
     with Evaluator(env, members, episodes, horizon) as evaluator:
-        return evaluator.run(policy, seed, progress)
-
-
-def collect_transitions(
-    policy: Any,
-    env: Env,
-    steps: int,
-    seed: int = 0,
-    *,
-    stochastic: bool = False,
-    random: Any = None,
-    slots: int = 16,
-    horizon: int | None = None,
-    progress: bool = False,
-) -> dict[str, np.ndarray | None]:
-    """Record at least ``steps`` transitions in whole episodes.
-
-    ``policy``: a policy of one member, or None for uniformly random actions. ``stochastic`` draws
-    from ``policy.sample(observations, random)``, ``random`` being a `MemberRandom` of one seed
-    (``MemberRandom([seed])`` when None). Episode k is reset with ``seed + k``.
-
-    Returns ``observations`` [N, O], ``actions`` [N, A] (or [N] int64), ``rewards`` [N], ``costs``
-    [N] or None, ``next_observations`` [N, O], ``terminals`` and ``timeouts`` [N] bool; the rest
-    float32. Actions are those executed, inside the Box. Episodes lie in the order in which they
-    were started, and those beyond the first that reach ``steps`` rows are dropped; so short
-    episodes are not preferred, and the result depends on the arguments only.
-    """
-    if steps < 1 or slots < 1:
-        raise SaferlError(f"steps and slots must be 1 or more, got {steps} and {slots}")
-    if policy is not None and int(getattr(policy, "members", 1)) != 1:
-        raise SaferlError(f"collecting needs a policy of one member, got {policy.members}")
-    row = _Slots(env, slots, horizon)
-    try:
-        if policy is None:
-            choose = _uniform(row, seed)
-        else:
-            if getattr(policy, "spec", None) is not None:
-                _check_spaces(row.name, row.spaces, policy.spec)
-            if stochastic:
-                if not hasattr(policy, "sample"):
-                    raise SaferlError("stochastic collection needs a policy with a sample method")
-                if random is None:
-                    from saferl.rng import MemberRandom
-
-                    random = MemberRandom([seed])
-            choose = _chooser(policy, random if stochastic else None)
-        return _collect(row, choose, steps, seed, progress)
-    finally:
-        row.close()
-
-
-def _collect(row, choose, steps: int, seed: int, progress: bool) -> dict[str, np.ndarray | None]:
-    count, started, done = len(row.envs), 0, 0
-    parts: list[list[tuple]] = [[] for _ in range(count)]  # the running episode of each slot
-    finished: dict[int, list[tuple]] = {}
-    row.begin(seed)
-    with _bar(steps, "collecting", "step", progress) as bar:
-        while True:
-            # Start no more episodes than are expected to be needed, by the mean length so far.
-            usual = done / len(finished) if finished else 0.0
-            coming = np.maximum(row.elapsed, usual)[row.running].sum()
-            for slot in np.flatnonzero(~row.running):
-                if done + coming >= steps:
-                    break
-                row.start(slot, started)
-                parts[slot], started, coming = [], started + 1, coming + usual
-            if not row.running.any():
-                break
-            before, ran = row.observations.copy(), np.flatnonzero(row.running)
-            actions = row.act(choose, 1)
-            ended = row.step(actions)
-            after = row.observations.copy()
-            for i in ran:
-                outcome = row.rewards[i], row.costs[i], after[i], row.terminals[i], row.timeouts[i]
-                parts[i].append((before[i], actions[i], *outcome))
-            for slot in ended:
-                finished[int(row.episode[slot])] = parts[slot]
-                done += len(parts[slot])
-                bar.update(len(parts[slot]))
-    transitions: list[tuple] = []
-    for episode in range(started):
-        if len(transitions) < steps:
-            transitions += finished[episode]
-    columns = list(zip(*transitions))
-    real, whole = np.float32, np.int64 if row.spaces.discrete else np.float32
-    return {
-        "observations": np.stack(columns[0]),
-        "actions": np.asarray(columns[1], whole),
-        "rewards": np.asarray(columns[2], real),
-        "costs": np.asarray(columns[3], real) if row.has_costs else None,
-        "next_observations": np.stack(columns[4]),
-        "terminals": np.asarray(columns[5], bool),
-        "timeouts": np.asarray(columns[6], bool),
-    }
-
-
-def _uniform(row: _Slots, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    random, spaces, count = np.random.default_rng(seed), row.spaces, len(row.envs)
-    if spaces.discrete:
-        return lambda _: random.integers(spaces.action_dim, size=(1, count))
-    if not (np.isfinite(spaces.low).all() and np.isfinite(spaces.high).all()):
-        raise SaferlError(f"{row.name} has unbounded actions, so none can be drawn uniformly")
-    return lambda _: random.uniform(spaces.low, spaces.high, (1, count, spaces.action_dim))
+        return evaluator.run(policy, seed, progress, guardian)
 
 
 def _bar(total: int, description: str, unit: str, progress: bool) -> Any:

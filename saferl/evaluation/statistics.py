@@ -14,6 +14,9 @@ from saferl.errors import SaferlError
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+CVAR_LEVEL = 0.9
+FEWEST_EPISODES = 5
+"""With fewer episodes in all, a verdict is always "cannot tell"."""
 
 
 def mean(values: np.ndarray) -> np.ndarray:

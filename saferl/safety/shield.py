@@ -151,6 +151,7 @@ class Shield:
             slack = SLACK * np.where(width < LARGEST, width, 0)
             self._least, self._most = self._low - slack, self._high + slack
         self._random, self._seed = None, seed  # made when first needed: its device is a policy's
+        self.replaced = np.zeros(0, bool)  # [N], where the last call took another action
         self._journal = Journal(records, log)
         self._account = Account(self.cost_limit)
 
@@ -306,6 +307,7 @@ class Shield:
             if score is not None:
                 in_support[at] = found
         why, running = why[every, first], self._account.running
+        self.replaced = np.zeros(n, bool)
         self._journal.steps += int(np.count_nonzero(running))
         for i in ((why != NONE) & running).nonzero()[0]:
             at, scored, limit = (i, first[i]), None, None
@@ -313,6 +315,7 @@ class Shield:
                 scored, limit = float(cost[at]), float(allowed[i])
             elif score is not None:
                 scored, limit = float(score[at]), self.threshold
+            self.replaced[i] = unlike[at] or not np.array_equal(actions[at], taken[i])
             self._journal.add(
                 Intervention(
                     environment=int(i),
@@ -321,7 +324,7 @@ class Shield:
                     reason=REASONS[why[i] - 1],
                     proposed=proposals[at].tolist(),
                     taken=taken[i].tolist(),
-                    changed=bool(unlike[at]) or not np.array_equal(actions[at], taken[i]),
+                    changed=bool(self.replaced[i]),
                     score=scored,
                     threshold=limit,
                     supported=None if score is None else bool(in_support[i]),

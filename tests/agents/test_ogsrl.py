@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saferl.agents.ogsrl import OGSRL, TRIES, DiscreteOGSRL
-from saferl.agents.rollouts import split
 from saferl.agents.trust_region import CORNER, FREE, RECOVERY, SHRINK
 from saferl.data import Dataset
 from saferl.rng import MemberRandom
+from saferl.safety.guardians.fitting import split
 from saferl.spec import Spec
 
 from .reference import MEMBERS, Net, adam, descend, float64, nets

@@ -11,9 +11,10 @@ import torch
 
 from saferl.agents.guarded import MARGIN_RATE, Limits
 from saferl.agents.ogsrl import DiscreteOGSRL
-from saferl.agents.rollouts import advantages, ood_budget, split
+from saferl.agents.rollouts import advantages, ood_budget
 from saferl.data import Dataset
 from saferl.errors import SaferlError
+from saferl.safety.guardians.fitting import split
 from saferl.spec import Spec
 
 from .reference import MEMBERS

@@ -10,8 +10,9 @@ import yaml
 from saferl.data import Card
 from saferl.errors import SaferlError
 from saferl.evaluation import Episodes, Evaluation, evaluate, plots, write_report
-from saferl.evaluation.evaluate import check_limit, columns, group_names, interval, number
 from saferl.evaluation.report import read_metrics
+from saferl.evaluation.text import columns, group_names, interval, number
+from saferl.safety.limits import check_limit
 
 
 def made(returns, costs, step=0, length=10):
@@ -82,9 +83,10 @@ def test_groups_of_members_are_summed_up_apart():
 def test_text_for_the_terminal():
     text = made(RETURNS, COSTS).text([2.5, 30], (1.5, 5.5), note="made up, not D4RL's")
     lines = text.splitlines()
-    assert lines[0].split()[:2] == ["limit", "verdict"]
-    assert "cannot tell" in lines[1] and "1 of 2" in lines[1] and "50 % of 8" in lines[1]
-    assert " met " in lines[2] and "0 % of 8" in lines[2] and "50.0" in lines[2]
+    assert lines[1].split()[:2] == ["limit", "verdict"]
+    assert lines[0].split() == ["members", "episodes", "CVaR"] and "within" in lines[1]
+    assert "cannot tell" in lines[2] and "1 of 2" in lines[2] and "50 % of 8" in lines[2]
+    assert " met " in lines[3] and "100 % of 8" in lines[3] and "50.0" in lines[3]
     assert text.count("made up, not D4RL's") == 2  # under each table
     assert "95 % bootstrap interval over 2 members" in text
     assert max(map(len, lines[3:])) <= 120
