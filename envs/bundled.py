@@ -34,7 +34,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import tempfile
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -44,18 +43,12 @@ from typing import Any
 import numpy as np
 
 from saferl.data import Card, Dataset
-from saferl.data.files import data_dir
 from saferl.errors import SaferlError, unknown
-from saferl.io import atomic_write
 
 from . import HORIZON
+from .generated import SIZE, generated, show, whole
 
 BEHAVIOURS = Path(__file__).parent / "behaviours"
-SIZE = 100_000
-"""Transitions of a dataset whose size is not given."""
-
-ADVICE = "set SAFERL_DATA_DIR to a folder that you may write to, with room for the data"
-
 LEVELS = ("random", "medium", "expert", "mixed")
 
 
@@ -133,8 +126,8 @@ def load(
     """
     if name not in _IDS and name not in _MIXTURES:
         raise unknown("saferl dataset", name, names())
-    size = SIZE if size is None else _whole("size", size, 1)
-    seed = _whole("seed", seed, 0)
+    size = SIZE if size is None else whole("size", size, 1)
+    seed = whole("seed", seed, 0)
     clip = overrides.pop("clip_actions", False)
     if name in _MIXTURES:
         return _mixture(name, size, seed, progress, clip, overrides)
@@ -148,15 +141,7 @@ def load(
         "mix": [[index, share] for index, share in _mix(*_IDS[name])],
         "behaviours": _behaviours_digest(*_IDS[name]),
     }
-    path = data_dir("bundled") / f"{name}-{size}-seed{seed}.npz"
-    dataset = _read(path, recipe, card)
-    if dataset is None:
-        _check_writable(path)  # before, not after a minute's work
-        arrays = _generate(recipe, sys.stderr.isatty() if progress is None else progress)
-        dataset = Dataset.from_arrays(**arrays, card=card)
-        meta = {"recipe": recipe, "fingerprint": dataset.fingerprint, "made_with": _versions()}
-        content = {"meta": json.dumps(meta), **arrays}
-        atomic_write(path, lambda temporary: np.savez(temporary, **content), ADVICE)
+    dataset = generated(recipe, card, lambda: _generate(recipe, show(progress)))
     if not clip and changed == card:
         return dataset
     arrays = {field: getattr(dataset, field) for field in Dataset.FIELDS}
@@ -186,14 +171,6 @@ def _mixture(
     arrays = {field: getattr(mixed, field) for field in Dataset.FIELDS}
     card = card.noted(mixed.card.notes[-1])  # how many rows came from the expert
     return Dataset.from_arrays(**arrays, card=card, clip_actions=clip)
-
-
-def _whole(what: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise SaferlError(
-            f"{what} of a saferl dataset must be a whole number of {least} or more, got {value!r}"
-        )
-    return int(value)
 
 
 def _card(name: str) -> Card:
@@ -368,42 +345,3 @@ def _apportion(size: int, shares: list[float]) -> list[int]:
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: size - counts.sum()]] += 1
     return counts.tolist()
-
-
-# Cache ------------------------------------------------------------------------------------------
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {package: version(package) for package in ("saferl", "mujoco", "gymnasium", "torch")}
-
-
-def _read(path: Path, recipe: dict[str, Any], card: Card) -> Dataset | None:
-    """The cached dataset; None if there is none or it must be made again."""
-    if not path.exists():
-        return None
-    try:
-        # Opened here because numpy leaves the file of a damaged archive open.
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            meta = json.loads(str(file["meta"]))
-            arrays = {field: file[field] for field in Dataset.FIELDS}
-        if meta["recipe"] != recipe:
-            reason = "it was made with other behaviours"
-        else:
-            dataset = Dataset.from_arrays(**arrays, card=card)
-            if dataset.fingerprint == meta["fingerprint"]:
-                return dataset
-            reason = "its data do not match its fingerprint"
-    except Exception as error:  # a damaged archive raises what its broken bytes happen to cause
-        reason = f"it cannot be read ({type(error).__name__})"
-    print(f"saferl: generating {path} again: {reason}", file=sys.stderr)
-    return None
-
-
-def _check_writable(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise SaferlError(f"cannot write {path}: {error.strerror or error}; {ADVICE}") from error
