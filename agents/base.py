@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +64,9 @@ class Agent:
     discrete: ClassVar[bool] = False  # the action space the method is for
     variants: ClassVar[frozenset[str]] = frozenset()  # fields that may differ between members
     needs_costs: ClassVar[bool] = False  # whether it cannot learn from data without costs
+    needs_dataset: ClassVar[bool] = True  # whether an environment alone is not enough
+    acts: ClassVar[bool] = False  # in an environment while it learns; Config is a HybridConfig
+    needs_returns: ClassVar[bool] = False  # whether batches carry returns-to-go
     # Prefixes of state keys whose tensors all members share; every other has the member axis first.
     shared: ClassVar[frozenset[str]] = frozenset()
     actor: nn.Module
@@ -152,6 +156,23 @@ class Agent:
         """One gradient step on a batch ``[M, B]``; metrics ``[M]`` stay on the device."""
         raise NotImplementedError
 
+    @property
+    def batch_rows(self) -> int:
+        """Rows of the batch of an update, per member."""
+        return self.config.batch_size
+
+    def behaviour(self) -> Policy:
+        """The policy that acts, by its ``sample``, while an agent learns in an environment."""
+        return self.policy()
+
+    def uses_costs(self) -> bool:
+        """Whether it learns something from costs as it is configured."""
+        return self.needs_costs
+
+    def returns_to_go(self, rewards: np.ndarray) -> np.ndarray:
+        """Of an episode's rewards ``[n]`` in the agent's units, where `needs_returns`."""
+        raise NotImplementedError
+
     # What they share.
 
     def update(self, batch: Batch, learn: Callable[[Batch], Metrics] | None = None) -> Metrics:
@@ -233,6 +254,49 @@ class Agent:
             elif isinstance(value, nn.Parameter):
                 state[name] = value.data
         return {key: tensor.detach() for key, tensor in state.items()}
+
+    def warm_start(self, state: dict[str, Tensor]) -> None:
+        """Begin from another agent's `state_dict`, of as many members or of one for all.
+
+        Networks, free parameters and optimisers of the same name and shape are taken over, targets
+        included; counters, multipliers and random streams are not, and what the other agent has not
+        begins as always.
+
+        Raises:
+            SaferlError: other sizes, no actor, or another number of members.
+        """
+        own, taken = self.state_dict(), {}
+        optimizers = tuple(k for k, v in vars(self).items() if isinstance(v, torch.optim.Optimizer))
+        skipped = ("random.", "constraint.")
+        for key, tensor in state.items():
+            optimizer = key.startswith(tuple(f"{name}." for name in optimizers))
+            if key == "updates" or key.startswith(skipped) or not (key in own or optimizer):
+                continue
+            if tensor.dim():
+                if len(tensor) not in (1, self.members):
+                    raise SaferlError(
+                        f"the run to start from has {len(tensor)} members and this one has "
+                        f"{self.members}: give it as many, or one that `saferl split` took out"
+                    )
+                tensor = tensor.expand(self.members, *tensor.shape[1:]).clone()
+            if not optimizer and own[key].shape != tensor.shape:
+                raise SaferlError(
+                    f"{key} is {list(tensor.shape)} in the run to start from and "
+                    f"{list(own[key].shape)} here: give both the same hidden layers and critics"
+                )
+            taken[key] = tensor
+        if not any(key.startswith("actor.") for key in taken):
+            raise SaferlError("the run to start from has no actor like this agent's")
+        for name in optimizers:  # whole or not at all: slots belong to parameters by their position
+            shapes = [p.shape for p in getattr(self, name).param_groups[0]["params"]]
+            slots = {k: v for k, v in taken.items() if k.startswith(f"{name}.")}
+            found = {int(k.split(".")[1]) for k in slots}
+            fits = found == set(range(len(shapes))) and all(
+                v.shape == shapes[int(k.split(".")[1])] for k, v in slots.items() if v.dim()
+            )
+            if not fits:
+                taken = {k: v for k, v in taken.items() if k not in slots}
+        self.load_state_dict(own | taken)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned, for an agent of the same spec, config and members."""

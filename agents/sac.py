@@ -1,93 +1,203 @@
-"""Soft Actor-Critic (Haarnoja et al. 2018, arXiv 1812.05905), the online agent.
+"""Soft Actor-Critic (Haarnoja et al. 2018, arXiv 1812.05905) and what its relatives share.
 
-With noise-free targets Q̄ (Polyak average), a' ~ π(·|s'), p ~ π(·|s), H̄ = -dim(a):
+One update takes K = ``inner_steps`` critic steps, each on a batch of its own. With noise-free
+targets Q̄ (Polyak average), a' ~ π(·|s'), p ~ π(·|s), H̄ = ``target_entropy`` · dim(a), Z the critics
+of the target (all E of them, or ``target_critics`` drawn anew for each step), a step is, in order:
 
-    y       = r - κ c + γ (1 - terminal) [min_e Q̄_e(s', a') - α log π(a'|s')]
-    L_Q     = Σ_e mean (Q_e(s, a) - y)²
-    L_π     = mean [α log π(p|s) - min_e Q_e(s, p)]
-    L_α     = -log α · mean (log π(p|s) + H̄)
+    y       = r - κ c + γ (1 - terminal) [min_{e ∈ Z} Q̄_e(s', a') - α log π(a'|s')]
+              without ``entropy_backup`` the last term is 0
+    L_Q     = Σ_e mean (Q_e(s, a) - y)²                                    step Q
+    L_π     = mean [α log π(p|s) - min_e Q_e(s, p)]                        step π; or mean_e
+    L_α     = -log α · mean (log π(p|s) + H̄)                               step log α
     Q̄      ← τ Q + (1 - τ) Q̄
 
+π and α are stepped with every critic step, or once per update, after the last, on its batch or on
+all rows of the update (``actor_steps``).
+
 κ (``cost_penalty``) is ours: a fixed price per unit of cost, 0 by default. With one κ per member,
-one run gives behaviours from fast and costly to slow and safe.
+one run gives behaviours from fast and costly to slow and safe. Under a limit (``cost_limit``, ours)
+L_π has P = (Q - ρ k Qc) / (1 + ρ) in place of Q; agents/costs.py has Qc, k and the multiplier ρ:
+
+    L_Qc = Σ_e mean (Qc_e(s, a) - y_c)²     before L_Q, same a';  step ρ on J = mean Qc(s, p) last
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from saferl.data.buffer import Batch
-from saferl.nn import QEnsemble, TanhGaussianActor, polyak
+from saferl.errors import SaferlError, unknown
+from saferl.nn import QEnsemble, TanhGaussianActor, orthogonal, polyak, torch_default, xavier
 from saferl.rng import MemberRandom
 
-from .base import Agent, AgentConfig, Metrics
+from .base import Agent, Metrics
+from .costs import CostConfig, CostLimited
+from .hybrid import HybridConfig
+
+ACTOR_STEPS = ("each", "last", "all")
+ACTOR_VALUES = ("min", "mean")
+INITS = {"torch": torch_default, "xavier": xavier(), "orthogonal": orthogonal()}
 
 
 @dataclass(frozen=True)
-class SACConfig(AgentConfig):
-    """Defaults: the authors' second version."""
+class SACConfig(CostConfig, HybridConfig):
+    """Defaults: the authors' second version; where there is a dataset, it is half of each batch."""
 
+    critic_hidden: tuple[int, ...] = ()  # units of each critic's hidden layers; empty: as hidden
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4
     temperature_lr: float = 3e-4
     initial_temperature: float = 1.0  # α at the start
-    tau: float = 0.005  # Polyak rate of the target critics per update
+    target_entropy: float = -1.0  # H̄ per action component, nats
+    tau: float = 0.005  # Polyak rate of the target critics per critic step
     critics: int = 2  # ensemble size E
+    target_critics: int = 0  # critics whose least is the target, drawn without replacement; 0: all
+    actor_value: str = "min"  # of the ensemble in the actor's loss; or mean
+    actor_steps: str = "each"  # with every critic step; last, all: once per update, on those rows
+    entropy_backup: bool = True  # -α log π(a'|s') in the target
+    actor_layer_norm: bool = False
+    critic_layer_norm: bool = False
+    init: str = "torch"  # of all layers; or xavier, orthogonal
+    log_std_min: float = -5.0  # lower clip of log σ
+    scale_log_std: bool = False  # trained m and c in log σ = m f(s) + c, as CQL's actor has them
     cost_penalty: float = 0.0  # κ, reward units per unit of cost
-    random_steps: int = 5000  # environment steps of uniform actions before learning starts
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, known in (("actor_steps", ACTOR_STEPS), ("actor_value", ACTOR_VALUES),
+                            ("init", INITS)):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+        if not 0 <= self.target_critics <= self.critics or self.critics < 1:
+            raise SaferlError(
+                f"the target takes target_critics = {self.target_critics} of critics = "
+                f"{self.critics}: give 1 or more critics, and 0 (all) to as many for the target"
+            )
 
 
-class SAC(Agent):
+class SAC(CostLimited, Agent):
     Config = SACConfig
-    variants = frozenset({"discount", "cost_penalty"})
+    acts = True
+    needs_dataset = False
+    variants = frozenset(
+        {"discount", "cost_penalty", "cost_limit", "cost_discount", "multiplier_lr"}
+        | {"exploration_budget"}
+    )
 
     def build(self, init: MemberRandom) -> None:
         c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim
-        self.actor = TanhGaussianActor(init, o, a, c.hidden, log_std_min=-5.0)
-        self.critic = QEnsemble(init, o, a, c.hidden, c.critics)
+        fill = INITS[c.init]
+        self.actor = TanhGaussianActor(
+            init, o, a, c.hidden, c.log_std_min, final_init=fill, scale_log_std=c.scale_log_std,
+            layer_norm=c.actor_layer_norm, hidden_init=fill,
+        )  # fmt: skip
+        hidden = c.critic_hidden or c.hidden
+        self.critic = QEnsemble(init, o, a, hidden, c.critics, c.critic_layer_norm, fill, fill)
         self.critic_target = self.target_of(self.critic)
         start = torch.full((self.members,), float(c.initial_temperature)).log()
         self.log_temperature = nn.Parameter(start.to(self.device))
         self.actor_optimizer = self.adam(self.actor, lr=c.actor_lr)
         self.critic_optimizer = self.adam(self.critic, lr=c.critic_lr)
         self.temperature_optimizer = self.adam(self.log_temperature, lr=c.temperature_lr)
+        self.build_costs(init, hidden, c.critic_lr)
+
+    def uses_costs(self) -> bool:
+        return self.constraint is not None or any(self.column("cost_penalty"))
+
+    @property
+    def batch_rows(self) -> int:
+        return self.config.batch_size * (
+            self.config.inner_steps if self.config.fresh_batches else 1
+        )
 
     def learn(self, batch: Batch) -> Metrics:
-        rows, a = batch.rewards.shape[1], self.spec.action_dim
-        noise, next_noise = self.random.normal(2, rows, a).unbind(1)
-        temperature = self.log_temperature.detach().exp()[:, None]
+        return self.inner_loop(batch)
 
-        with torch.no_grad():
-            next_actions, next_log_prob = self.actor.squash(
-                *self.actor(batch.next_observations), next_noise
-            )
-            next_q = self.critic_target(batch.next_observations, next_actions).amin(1)
-            rewards = batch.rewards
-            if batch.costs is not None:
-                rewards = rewards - self.scalar("cost_penalty") * batch.costs
-            target = rewards + self.scalar("discount") * (1 - batch.terminals) * (
-                next_q - temperature * next_log_prob
-            )
+    def inner_loop(self, batch: Batch) -> Metrics:
+        """The K critic steps of an update, and the actor's; the mean of each metric."""
+        c, last = self.config, self.config.inner_steps - 1
+        sums: dict[str, list[Tensor]] = {}
+        for k, part in enumerate(self.parts(batch)):
+            metrics, q = self.step_critics(part)
+            if c.actor_steps == "each" or k == last:
+                metrics |= self.step_actor(batch if c.actor_steps == "all" else part, q)
+            polyak(self.critic_target, self.critic, c.tau)
+            if self.constraint is not None:
+                self.cost_critic.follow(c.tau)
+            for name, value in metrics.items():
+                sums.setdefault(name, []).append(value)
+        return {n: v[0] if len(v) == 1 else torch.stack(v).mean(0) for n, v in sums.items()}
+
+    def parts(self, batch: Batch) -> Iterator[Batch]:
+        """The K batches of an update, which are all the same without ``fresh_batches``."""
+        k, rows = self.config.inner_steps, self.config.batch_size
+        for i in range(k):
+            yield batch.rows(i * rows, (i + 1) * rows) if self.batch_rows > rows else batch
+
+    def temperature(self) -> Tensor:
+        """α ``[M, 1]``, a constant."""
+        return self.log_temperature.detach().exp()[:, None]
+
+    def noise(self, batch: Batch) -> Tensor:
+        return self.random.normal(batch.rewards.shape[1], self.spec.action_dim)
+
+    def step_critics(self, batch: Batch) -> tuple[Metrics, Tensor]:
+        """Step Q, and Qc under a limit; metrics, and Q_e(s, a) ``[M, E, B]`` before the step."""
+        target, next_actions = self.target(batch)
+        metrics = {}
+        if self.constraint is not None:
+            _, metrics["cost_critic_loss"] = self.learn_costs(batch, next_actions)
         q = self.critic(batch.observations, batch.actions)
-        critic_loss = (q - target[:, None]).square().mean(-1).sum(1)
-        self.minimise(self.critic_optimizer, critic_loss)
+        loss = (q - target[:, None]).square().mean(-1).sum(1)
+        self.minimise(self.critic_optimizer, loss)
+        q = q.detach()
+        return metrics | {"critic_loss": loss.detach(), "q": q.mean((1, 2))}, q
 
-        actions, log_prob = self.actor.squash(*self.actor(batch.observations), noise)
-        policy_q = self.critic(batch.observations, actions, frozen=True).amin(1)
-        actor_loss = (temperature * log_prob - policy_q).mean(-1)
-        self.minimise(self.actor_optimizer, actor_loss)
+    @torch.no_grad()
+    def target(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """y ``[M, B]``, and the actions a' ``[M, B, A]`` at s' that it values."""
+        c = self.config
+        actions, log_prob = self.actor.squash(
+            *self.actor(batch.next_observations), self.noise(batch)
+        )
+        q = self.critic_target(batch.next_observations, actions)
+        if 0 < c.target_critics < c.critics:
+            chosen = self.random.uniform(c.critics).topk(c.target_critics).indices
+            q = q.gather(1, chosen[..., None].expand(-1, -1, q.shape[-1]))
+        following = q.amin(1)
+        if c.entropy_backup:
+            following = following - self.temperature() * log_prob
+        rewards = batch.rewards
+        if batch.costs is not None:
+            rewards = rewards - self.scalar("cost_penalty") * batch.costs
+        discounted = self.scalar("discount") * (1 - batch.terminals)
+        return rewards + discounted * following, actions
+
+    def step_actor(self, batch: Batch, q: Tensor) -> Metrics:
+        """Step π, log α and, under a limit, ρ. ``q``: Q_e(s, a) of a batch, the unit of costs."""
+        observations, temperature = batch.observations, self.temperature()
+        actions, log_prob = self.actor.squash(*self.actor(observations), self.noise(batch))
+        values = self.critic(observations, actions, frozen=True)
+        value = values.amin(1) if self.config.actor_value == "min" else values.mean(1)
+        if self.constraint is not None:
+            cost = self.cost_critic(observations, actions)
+            of_value, of_cost = self.constraint.weights(q[:, 0])
+            value = of_value * value - of_cost * cost
+        loss = (temperature * log_prob - value).mean(-1)
+        self.minimise(self.actor_optimizer, loss)
 
         entropy = -log_prob.detach().mean(-1)
-        temperature_loss = self.log_temperature * (entropy + a)  # H̄ = -a
-        self.minimise(self.temperature_optimizer, temperature_loss)
-        polyak(self.critic_target, self.critic, self.config.tau)
-        return {
-            "critic_loss": critic_loss.detach(),
-            "actor_loss": actor_loss.detach(),
-            "q": q.detach().mean((1, 2)),
+        target = self.config.target_entropy * self.spec.action_dim
+        self.minimise(self.temperature_optimizer, self.log_temperature * (entropy - target))
+        metrics = {
+            "actor_loss": loss.detach(),
             "entropy": entropy,
             "temperature": temperature[:, 0],
         }
+        if self.constraint is not None:
+            metrics |= self.constraint.step(cost.detach().mean(-1))
+        return metrics

@@ -70,8 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dataset", help="id or file; the bundled default if neither it nor --env is set"
     )
-    p.add_argument("--env", help="environment to evaluate in, or to learn in without --dataset")
-    p.add_argument("--steps", type=int, help=f"updates per member (default: {DEFAULT_STEPS})")
+    p.add_argument("--env", help="environment to evaluate in, and to act in for agents that do")
+    p.add_argument("--steps", type=int, help="updates per member; environment "
+                   f"steps for agents that act (default: {DEFAULT_STEPS})")  # fmt: skip
     p.add_argument("--members", type=int, help="seeds trained side by side (default: 3)")
     p.add_argument("--seed", type=int, help="of the first member (default: 0)")
     p.add_argument("--cost-limit", type=float, nargs="+", default=[], help="cost per episode")
@@ -79,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
                    help="hyper-parameter; VALUE,VALUE trains members for each")  # fmt: skip
     _dataset_options(p)
     p.add_argument("--out", type=Path, help="run folder (default: runs/AGENT-DATASET)")
+    p.add_argument("--from", type=Path, metavar="RUN", dest="start_from",
+                   help="begin with the networks of a run, e.g. an offline one")  # fmt: skip
     p.add_argument("--resume", type=Path, metavar="RUN", help="continue a run folder")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     p.add_argument("--engine", default="auto", help="auto, eager, compile or cuda_graph")
@@ -184,7 +187,7 @@ def _train(options) -> None:
     chosen = {
         name: value
         for name in (
-            "members", "seed", "precision", "threads", "out",
+            "members", "seed", "precision", "threads", "out", "start_from",
             "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
         )
         if (value := getattr(options, name)) is not None

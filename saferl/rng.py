@@ -53,6 +53,18 @@ class MemberRandom:
         """Uniform integers in [0, high), ``[M, *shape]``, int64."""
         return self._draw((torch.randint, (high,), shape))
 
+    def pick(self, members: Sequence[int], highs: Sequence[int], *shape: int) -> Tensor:
+        """Uniform integers of some members, each below its own bound, ``[len(members), *shape]``.
+
+        The other members' streams stay where they are.
+        """
+        return torch.stack(
+            [
+                torch.randint(high, shape, generator=self.generators[member], device=self.device)
+                for member, high in zip(members, highs)
+            ]
+        )
+
     # A compiled function cannot draw from generators. So its draws are noted in one plain call,
     # and from then on made before the call, in the same order, and handed in.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,23 +30,40 @@ class Batch(NamedTuple):
     costs: Tensor | None  # [M, B] in user units; None where the data have no costs
     next_observations: Tensor  # [M, B, O]
     terminals: Tensor  # [M, B], 1 where bootstrapping stops
+    returns: Tensor | None = None  # [M, B] discounted return-to-go, where an agent asks for it
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """The rows from ``start`` to ``stop`` of each member."""
+        return Batch(*(None if field is None else field[:, start:stop] for field in self))
+
+    @staticmethod
+    def concatenate(batches: Sequence[Batch], axis: int) -> Batch:
+        """Batches along the axis of members (0) or of rows (1)."""
+        if len(batches) == 1:
+            return batches[0]
+        fields = zip(*batches)
+        return Batch(*(None if f[0] is None else torch.cat(f, axis) for f in fields))
 
 
 class ReplayBuffer:
     """Transitions on the device; uniform sampling with replacement, one stream per member.
 
+    All members share the rows; `OnlineBuffer` has rows of each member's own.
+
     Args:
         spec: maps raw arrays to the agent's units as they enter.
-        capacity: rows (per member where they own their data); the oldest are overwritten.
+        capacity: rows; the oldest are overwritten.
         seeds: one per member.
         costs: whether rows carry a cost.
-        own_rows: each member has rows of its own (online data); else all share one set.
+        returns: whether rows carry a return-to-go.
         memory_map: a file that holds the rows instead of memory; batches are moved to the device.
         say: receives the line that states the memory need before it is allocated.
 
     Raises:
         SaferlError: the rows do not fit into the memory that is free.
     """
+
+    streams = 2  # of the random numbers that draw rows
 
     def __init__(
         self,
@@ -55,20 +72,20 @@ class ReplayBuffer:
         seeds: Sequence[int],
         device: torch.device | str = "cpu",
         costs: bool = True,
-        own_rows: bool = False,
+        returns: bool = False,
         memory_map: str | Path | None = None,
         say: Callable[[str], None] = lambda line: None,
     ):
-        self.spec, self.capacity, self.costs = spec, int(capacity), costs
+        self.spec, self.capacity = spec, int(capacity)
+        self.costs, self.returns = costs, returns
         self.device = torch.device(device)
-        self.members, self.own_rows = len(seeds), own_rows
-        self.random = MemberRandom(seeds, device, stream=2)
+        self.members = len(seeds)
+        self.random = MemberRandom(seeds, device, stream=self.streams)
         self.size = self.cursor = 0
         actions = 1 if spec.discrete else spec.action_dim
-        widths = [spec.observation_dim, actions, 1, int(costs), 1, spec.observation_dim]
+        widths = [spec.observation_dim, actions, 1, int(costs), 1, spec.observation_dim, returns]
         self._splits = np.cumsum([0, *widths]).tolist()
-        owners = self.members if own_rows else 1
-        shape = (owners * self.capacity, self._splits[-1])
+        shape = (self._owners() * self.capacity, self._splits[-1])
         need = shape[0] * shape[1] * 4
         if memory_map is not None:
             rows = np.memmap(memory_map, np.float32, "w+", shape=shape)
@@ -80,12 +97,14 @@ class ReplayBuffer:
             if need > free:
                 raise SaferlError(
                     f"the replay buffer needs {human(need)} on {self.device} but {human(free)} "
-                    "is free: train on fewer rows (--set-dataset size=N or Dataset.subset) or pass "
-                    "--memory-map FILE"
+                    "is free: train on fewer rows (--dataset-option size=N or Dataset.subset) or "
+                    "pass --memory-map FILE"
                 )
             self.rows = torch.zeros(shape, device=self.device)
-        # Rows of member m start at m · capacity where members own theirs.
-        self._offsets = torch.arange(owners, device=self.rows.device)[:, None] * self.capacity
+
+    def _owners(self) -> int:
+        """Sets of rows."""
+        return 1
 
     @classmethod
     def from_dataset(
@@ -96,14 +115,19 @@ class ReplayBuffer:
         device: torch.device | str = "cpu",
         memory_map: str | Path | None = None,
         say: Callable[[str], None] = lambda line: None,
+        returns: np.ndarray | None = None,
     ) -> ReplayBuffer:
-        """A full buffer that all members share, holding every transition of a `Dataset`."""
+        """A full buffer that all members share, holding every transition of a `Dataset`.
+
+        ``returns``: of each row ``[N]``, in the agent's units, for batches that carry them.
+        """
         buffer = cls(
             spec,
             len(dataset),
             seeds,
             device,
             costs=dataset.costs is not None,
+            returns=returns is not None,
             memory_map=memory_map,
             say=say,
         )
@@ -116,45 +140,55 @@ class ReplayBuffer:
                 dataset.next_observations[part],
                 dataset.terminals[part],
                 None if dataset.costs is None else dataset.costs[part],
+                None if returns is None else returns[part],
             )
         return buffer
 
-    def extend(self, observations, actions, rewards, next_observations, terminals, costs=None):
-        """Append raw numpy rows, ``[N, …]`` shared or ``[M, N, …]`` where members own theirs."""
-        owners = len(self._offsets)
-        if not self.own_rows:
-            fields = [observations, actions, rewards, next_observations, terminals, costs]
-            fields = [None if f is None else np.asarray(f)[None] for f in fields]
-            observations, actions, rewards, next_observations, terminals, costs = fields
+    def _encode(
+        self, observations, actions, rewards, next_observations, terminals, costs, returns
+    ) -> Tensor:
+        """Raw numpy arrays of n transitions as rows ``[n, width]``."""
         if self.costs and costs is None:
             raise SaferlError("this buffer holds costs, but the added rows have none")
-        n = observations.shape[1]
-        block = np.empty((owners, n, self._splits[-1]), np.float32)
         s = self._splits
-        for m in range(owners):
-            block[m, :, s[0] : s[1]] = self.spec.observations(np.asarray(observations[m]))
-            block[m, :, s[1] : s[2]] = self.spec.actions(np.asarray(actions[m]))
-            block[m, :, s[2]] = self.spec.rewards(np.asarray(rewards[m]))
-            if self.costs:
-                block[m, :, s[3]] = costs[m]
-            block[m, :, s[4]] = terminals[m]
-            block[m, :, s[5] : s[6]] = self.spec.observations(np.asarray(next_observations[m]))
+        block = np.empty((len(observations), s[-1]), np.float32)
+        block[:, s[0] : s[1]] = self.spec.observations(np.asarray(observations))
+        block[:, s[1] : s[2]] = self.spec.actions(np.asarray(actions))
+        block[:, s[2]] = self.spec.rewards(np.asarray(rewards))
+        if self.costs:
+            block[:, s[3]] = costs
+        block[:, s[4]] = terminals
+        block[:, s[5] : s[6]] = self.spec.observations(np.asarray(next_observations))
+        if self.returns:
+            block[:, s[6]] = returns
+        return torch.from_numpy(block).to(self.rows.device)
+
+    def extend(
+        self, observations, actions, rewards, next_observations, terminals, costs=None, returns=None
+    ):
+        """Append raw numpy rows ``[N, …]``."""
+        rows = self._encode(
+            observations, actions, rewards, next_observations, terminals, costs, returns
+        )
+        n = len(rows)
         index = (self.cursor + np.arange(n)) % self.capacity
-        rows = torch.from_numpy(block).to(self.rows.device)
-        where = (self._offsets + torch.from_numpy(index).to(self.rows.device)).flatten()
-        self.rows.index_copy_(0, where, rows.flatten(0, 1))
+        self.rows.index_copy_(0, torch.from_numpy(index).to(rows.device), rows)
         self.cursor = (self.cursor + n) % self.capacity
         self.size = min(self.size + n, self.capacity)
 
     def sample(self, batch_size: int) -> Batch:
         """A batch ``[M, batch_size]`` drawn uniformly with replacement."""
-        index = self.random.integers(self.size, batch_size)
-        return self.gather(index)
+        return self.gather(self.random.integers(self.size, batch_size))
+
+    def sample_of(self, members: Sequence[int], rows: int) -> Batch:
+        """A batch ``[len(members), rows]`` of some members, whose streams alone move."""
+        sizes = [self.size] * len(members)
+        return self.gather(self.random.pick(members, sizes, rows))
 
     def gather(self, index: Tensor) -> Batch:
-        """The rows at ``index`` ``[M, B]`` (each member's own row numbers)."""
-        where = (index.to(self.rows.device) + self._offsets).flatten()
-        rows = self.rows.index_select(0, where).view(*index.shape, -1)
+        """The rows at ``index`` ``[M, B]``."""
+        rows = self.rows.index_select(0, index.to(self.rows.device).flatten())
+        rows = rows.view(*index.shape, -1)
         if rows.device != self.device:
             rows = rows.to(self.device, non_blocking=True)
         s = self._splits
@@ -166,26 +200,105 @@ class ReplayBuffer:
             costs=rows[..., s[3]] if self.costs else None,
             next_observations=rows[..., s[5] : s[6]],
             terminals=rows[..., s[4]],
+            returns=rows[..., s[6]] if self.returns else None,
         )
 
-    def state_dict(self, rows: bool = False) -> dict[str, Tensor]:
-        """The sampler's state; with ``rows=True`` also the data (needed for online buffers)."""
-        state = {
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sampler's state, without the rows."""
+        return {
             "random": self.random.state_dict()["state"],
             "size": torch.tensor(self.size),
             "cursor": torch.tensor(self.cursor),
         }
-        if rows:
-            kept = self.rows.view(len(self._offsets), self.capacity, -1)[:, : self.size]
-            state["rows"] = kept.cpu().contiguous()
-        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.random.load_state_dict({"state": state["random"]})
-        if "rows" in state:
-            view = self.rows.view(len(self._offsets), self.capacity, -1)
-            view[:, : state["rows"].shape[1]] = state["rows"].to(self.rows.device)
-            self.size, self.cursor = int(state["size"]), int(state["cursor"])
+
+
+class OnlineBuffer(ReplayBuffer):
+    """Rows of each member's own, in the order in which they happened; the oldest are overwritten.
+
+    Arguments as for `ReplayBuffer`; ``capacity`` is per member. Members may hold different numbers
+    of rows. Beside the rows it keeps where episodes end, so that they can become a `Dataset`.
+
+    Attributes:
+        sizes: rows of each member, ``[M]``.
+        ends: whether a row is the last of its episode, ``[M, capacity]``, for whichever reason.
+    """
+
+    streams = 4
+
+    def __init__(self, spec: Spec, capacity: int, seeds: Sequence[int], *args: Any, **options: Any):
+        super().__init__(spec, capacity, seeds, *args, **options)
+        self.added = np.zeros(self.members, np.int64)  # rows so far, overwritten ones included
+        self.ends = np.zeros((self.members, self.capacity), bool)
+
+    def _owners(self) -> int:
+        return self.members
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.minimum(self.added, self.capacity)
+
+    def append(self, members: np.ndarray, ends: np.ndarray, *fields: Any) -> None:
+        """One row for each of ``members``: raw arrays ``[len(members), …]`` as in `extend`."""
+        rows = self._encode(*fields)
+        at = self.added[members] % self.capacity
+        where = torch.from_numpy(members * self.capacity + at).to(rows.device)
+        self.rows.index_copy_(0, where, rows)
+        self.ends[members, at] = ends
+        self.added[members] += 1
+
+    def cut(self, member: int) -> None:
+        """Mark the member's last row as the last of its episode."""
+        if self.added[member]:
+            self.ends[member, (self.added[member] - 1) % self.capacity] = True
+
+    def fill_returns(self, member: int, rows: int, fill: Callable[[np.ndarray], Any]) -> None:
+        """Write the returns-to-go of the member's last ``rows`` rows.
+
+        ``fill(rewards [n]) -> [n]``, both in the agent's units.
+        """
+        last = int(self.added[member])
+        index = np.arange(max(last - rows, last - self.capacity), last) % self.capacity
+        where = torch.from_numpy(member * self.capacity + index).to(self.rows.device)
+        rewards = self.rows[where, self._splits[2]].cpu().numpy()
+        values = torch.from_numpy(np.asarray(fill(rewards), np.float32)).to(self.rows.device)
+        self.rows[where, self._splits[6]] = values
+
+    def sample(self, batch_size: int) -> Batch:
+        return self.sample_of(range(self.members), batch_size)
+
+    def sample_of(self, members: Sequence[int], rows: int) -> Batch:
+        sizes = self.sizes[list(members)].tolist()
+        index = self.random.pick(members, sizes, rows)
+        offsets = torch.tensor([m * self.capacity for m in members], device=index.device)
+        return self.gather(index + offsets[:, None])
+
+    def of_member(self, member: int) -> tuple[Batch, np.ndarray]:
+        """All rows of a member from the oldest to the latest, ``[1, n]``, and ``ends`` ``[n]``."""
+        last = int(self.added[member])
+        index = np.arange(last - int(self.sizes[member]), last) % self.capacity
+        rows = torch.from_numpy(member * self.capacity + index)[None]
+        return self.gather(rows), self.ends[member, index]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything, rows included."""
+        kept = int(self.sizes.max())
+        return {
+            "random": self.random.state_dict()["state"],
+            "added": torch.from_numpy(self.added.copy()),
+            "ends": torch.from_numpy(self.ends[:, :kept].copy()),
+            "rows": self.rows.view(self.members, self.capacity, -1)[:, :kept].cpu().contiguous(),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.random.load_state_dict({"state": state["random"]})
+        kept = state["rows"].shape[1]
+        view = self.rows.view(self.members, self.capacity, -1)
+        view[:, :kept] = state["rows"].to(self.rows.device)
+        self.ends[:, :kept] = state["ends"].numpy()
+        self.added = state["added"].numpy().copy()
 
 
 def free_memory(device: torch.device) -> int:

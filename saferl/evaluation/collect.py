@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from saferl.errors import SaferlError
-from saferl.evaluation.rollout import Env, _bar, _check_spaces, _chooser, _Slots
+from saferl.evaluation.rollout import Env, Slots, _bar, _check_spaces, _chooser
 
 
 def collect_transitions(
@@ -39,7 +39,7 @@ def collect_transitions(
         raise SaferlError(f"steps and slots must be 1 or more, got {steps} and {slots}")
     if policy is not None and int(getattr(policy, "members", 1)) != 1:
         raise SaferlError(f"collecting needs a policy of one member, got {policy.members}")
-    row = _Slots(env, slots, horizon)
+    row = Slots(env, slots, horizon)
     try:
         if policy is None:
             choose = _uniform(row, seed)
@@ -104,7 +104,7 @@ def _collect(row, choose, steps: int, seed: int, progress: bool) -> dict[str, np
     }
 
 
-def _uniform(row: _Slots, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+def _uniform(row: Slots, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     random, spaces, count = np.random.default_rng(seed), row.spaces, len(row.envs)
     if spaces.discrete:
         return lambda _: random.integers(spaces.action_dim, size=(1, count))

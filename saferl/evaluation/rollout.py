@@ -58,6 +58,10 @@ def _actions(discrete: bool, size: int) -> str:
     return f"one of {size} discrete actions" if discrete else f"{size} continuous actions"
 
 
+def _interval(low: Any, high: Any) -> str:
+    return f"[{min(low):g}, {max(high):g}]"
+
+
 def _name(env: Env, made: Any) -> str:
     if isinstance(env, str):
         return env
@@ -111,8 +115,11 @@ class _Spaces:
         return action.reshape(self._shape).astype(self._dtype)
 
 
-class _Slots:
+class Slots:
     """A row of environments; `start` begins an episode in one, `step` advances all that run.
+
+    An environment that fails raises a `SaferlError` that names it, its episode and the step;
+    ``failed`` is then its slot.
 
     ``observations`` [B, O] holds the current observation of each slot (that of a finished slot
     stays as a dummy); after `step`, ``rewards``, ``costs``, ``terminals`` and ``timeouts`` [B]
@@ -137,18 +144,47 @@ class _Slots:
         self.running, self.has_costs = np.zeros(count, bool), False
         self.elapsed = np.zeros(count, np.int64)
         self.episode = np.zeros(count, np.int64)
-        self.seed = 0  # episode k is reset with seed + k
+        self.seeds = np.zeros(count, np.int64)  # episode k of a slot is reset with its seed + k
+        self.failed: int | None = None
 
-    def begin(self, seed: int) -> None:
-        """Forget whatever ran before."""
-        self.seed, self.has_costs = seed, False
+    def check(self, spec: Any) -> None:
+        """`check_spaces`, and that the actions of ``spec`` lie within the environment's bounds."""
+        _check_spaces(self.name, self.spaces, spec)
+        if spec.discrete:
+            return
+        low, high = np.float32(spec.action_low), np.float32(spec.action_high)
+        slack = 1e-4 * (high - low)
+        if (low < self.spaces.low - slack).any() or (high > self.spaces.high + slack).any():
+            raise SaferlError(
+                f"{self.name} takes actions in {_interval(self.spaces.low, self.spaces.high)}, but "
+                f"those of the data lie in {_interval(low, high)}: use the environment that the "
+                "data come from, or give the dataset its action_low and action_high"
+            )
+
+    def narrower(self, spec: Any) -> list[str]:
+        """A line where the actions of ``spec`` fill less than the environment's bounds."""
+        if spec.discrete:
+            return []
+        width = np.float32(spec.action_high) - np.float32(spec.action_low)
+        if (width >= 0.99 * (self.spaces.high - self.spaces.low)).all():
+            return []
+        return [
+            f"{self.name} takes actions in {_interval(self.spaces.low, self.spaces.high)}, but "
+            f"those of the data lie in {_interval(spec.action_low, spec.action_high)}, and so will "
+            "all actions that are tried"
+        ]
+
+    def begin(self, seeds: int | np.ndarray) -> None:
+        """Forget whatever ran before. ``seeds``: one for all slots, or one per slot ``[B]``."""
+        self.seeds[:] = seeds
+        self.has_costs = False
         self.running[:] = False
 
     def start(self, slot: int, episode: int) -> None:
         self.episode[slot], self.elapsed[slot] = episode, 0
         self.running[slot] = True
         try:
-            observation, _ = self.envs[slot].reset(seed=self.seed + episode)
+            observation, _ = self.envs[slot].reset(seed=int(self.seeds[slot]) + episode)
             self.observations[slot] = self.spaces.flatten(observation)
         except Exception as error:
             raise self._failure(slot, _one_line(error)) from error
@@ -188,9 +224,9 @@ class _Slots:
         return ended
 
     def _failure(self, slot: int, what: str) -> SaferlError:
-        episode = int(self.episode[slot])
+        self.failed, episode = slot, int(self.episode[slot])
         return SaferlError(
-            f"{self.name}, episode {episode} (reset with seed {self.seed + episode}), step "
+            f"{self.name}, episode {episode} (reset with seed {self.seeds[slot] + episode}), step "
             f"{self.elapsed[slot]}: {what}"
         )
 
@@ -272,7 +308,7 @@ class Evaluator:
             raise SaferlError(f"the horizon must be 1 step or more, got {horizon}")
         self.members, self.episodes = members, episodes
         self._per_member = min(episodes, max(1, SLOTS // members))
-        self._slots = _Slots(env, members * self._per_member, horizon)
+        self._slots = Slots(env, members * self._per_member, horizon)
 
     def check(self, spec: Any) -> None:
         """`check_spaces` with the environments at hand."""

@@ -109,10 +109,12 @@ class TanhGaussianActor(nn.Module):
         final_init: Initialiser = torch_default,
         scale_log_std: bool = False,
         log_std_start: tuple[float, float] = (1.0, -1.0),
+        layer_norm: bool = False,
+        hidden_init: Initialiser = torch_default,
     ):
         super().__init__()
         sizes = (observation_dim, *hidden, 2 * action_dim)
-        self.mlp = MLP(init, sizes, final_init=final_init)
+        self.mlp = MLP(init, sizes, 1, layer_norm, hidden_init, final_init)
         self.bounds = (log_std_min, log_std_max)
         self.multiplier = self.offset = None
         if scale_log_std:

@@ -102,16 +102,23 @@ class Engine:
         # All graphs work in the same memory: what outlives an update was allocated before them.
         self.pool = torch.cuda.graph_pool_handle() if self.kind == "cuda_graph" else None
 
-    def run(self, steps: int) -> None:
-        """``steps`` gradient updates; on a GPU they may still be under way on return."""
+    failure: SaferlError | None = None  # why `run` did fewer steps than it was asked for
+
+    def run(self, steps: int) -> int:
+        """``steps`` gradient updates; on a GPU they may still be under way on return.
+
+        Returns the steps done, fewer where there is a `failure`.
+        """
         if self.kind != "cuda_graph":
             for _ in range(steps):
                 self._update()
-            return
+            return steps
+        left = steps
         for size in BLOCKS:
-            while steps >= size:
+            while left >= size:
                 self._block(size)
-                steps -= size
+                left -= size
+        return steps
 
     def wait(self) -> None:
         """Return when the device has done what `run` gave it."""
@@ -119,7 +126,7 @@ class Engine:
             torch.cuda.synchronize(self.agent.device)
 
     def _update(self) -> None:
-        batch = self.buffer.sample(self.agent.config.batch_size)
+        batch = self.buffer.sample(self.agent.batch_rows)
         for name, value in self.agent.update(batch, self._learn).items():
             if name not in self._sums:
                 self._sums[name] = torch.zeros_like(value)

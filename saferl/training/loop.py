@@ -89,13 +89,19 @@ class Loop:
                 following = [(self.step // interval + 1) * interval for interval in intervals]
                 stop = min(*following, self.step + chunk, total)
                 start = time.perf_counter()
-                self.engine.run(stop - self.step)
+                done = self.engine.run(stop - self.step)
                 self.engine.wait()
                 seconds = time.perf_counter() - start
                 self.seconds += seconds
-                chunk = max(1, round((stop - self.step) / seconds * CHUNK_SECONDS))
-                bar.update(stop - self.step)
-                self.step = stop
+                chunk = max(1, round(done / seconds * CHUNK_SECONDS))
+                bar.update(done)
+                self.step += done
+                if self.engine.failure is not None:
+                    self._save()
+                    raise SaferlError(
+                        f"{self.engine.failure}; everything up to step {self.step} is kept: "
+                        f"continue with saferl train --resume {self.folder.path}"
+                    )
                 if self._due("log"):
                     metrics = self.engine.read()
                     if metrics:

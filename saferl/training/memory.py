@@ -130,7 +130,7 @@ def estimate(
     precision: str = "fp32",
     *,
     costs: bool = True,
-    own_rows: bool = False,
+    own_rows: int = 0,
     memory_map: bool = False,
     dataset: Any = None,
 ) -> Estimate:
@@ -138,8 +138,9 @@ def estimate(
 
     Args:
         members: a count, or the seeds, one per member (repeated where settings differ).
-        rows: capacity of the replay buffer.
-        costs, own_rows, memory_map: as `ReplayBuffer` will be made.
+        rows: capacity of the replay buffer that members share.
+        own_rows: capacity of each member's own, `OnlineBuffer`.
+        costs, memory_map: as `ReplayBuffer` will be made.
         dataset: for agents that override `Agent.fit`, which learns from its first 2048 rows here;
             tables as long as the dataset are then underestimated.
 
@@ -182,9 +183,9 @@ def estimate(
     return Estimate(
         members=count,
         device=device,
-        buffer=0 if own_rows else size,
+        buffer=size,
         fixed=max(0, one.peak - each) + max(0, unseen),
-        state=state + (size if own_rows else 0),
+        state=state + own_rows * one.width * 4,
         work=each - state,
         settings=settings,
     )
@@ -278,14 +279,16 @@ def probe(
         agent = cls(spec, config, members, device, precision)
         if dataset is not None:
             agent.fit(dataset.subset(min(FIT_ROWS, len(dataset))), lambda line: None)
-        buffer = ReplayBuffer(spec, config.batch_size, range(members), device, costs)
+        buffer = ReplayBuffer(
+            spec, config.batch_size, range(members), device, costs, cls.needs_returns
+        )
         buffer.size = buffer.capacity
         rows = buffer.rows.nbytes
         updates = {agent.pattern(update): update for update in reversed(CANDIDATES)}.values()
         for _ in range(2):  # the first round makes the optimisers' state and the gradients
             for update in sorted(updates):
                 agent.updates = update - 1
-                agent.update(buffer.sample(config.batch_size))
+                agent.update(buffer.sample(agent.batch_rows))
         return Probe(ledger.bytes - rows, ledger.peak - rows, buffer.rows.shape[1])
 
 

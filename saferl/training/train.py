@@ -16,14 +16,15 @@ from saferl.data.buffer import ReplayBuffer
 from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
 from saferl.evaluation import Evaluator
-from saferl.registry import agent_class, make_env
+from saferl.evaluation.rollout import Slots
+from saferl.registry import agent_class
 from saferl.safety.limits import check_limit, limit_warnings, no_costs
 from saferl.spec import Spec
 from saferl.training.configs import published, resolve
 from saferl.training.engine import Engine, check_precision, part, pick_engine
+from saferl.training.hybrid import HybridEngine, returns_to_go
 from saferl.training.loop import Loop, Run
 from saferl.training.memory import announce, is_out_of_memory
-from saferl.training.online import OnlineEngine
 from saferl.training.run import RunFolder
 
 OBJECT = "a Python object"  # stands in config.yaml for a Dataset or environment that has no name
@@ -76,16 +77,18 @@ def train(
     log_interval: int | None = None,
     checkpoint_interval: int | None = None,
     memory_map: str | Path | None = None,
+    start_from: str | Path | None = None,
     progress: bool = True,
 ) -> Run:
     """Train M members of an agent and evaluate them.
 
     Args:
         agent: a registered agent.
-        dataset: id, path or `Dataset`; None trains online in ``env``.
-        env: environment to evaluate in (the dataset card's if None); a gymnasium id or a function
-            that makes one.
-        steps: gradient updates per member (environment steps when online).
+        dataset: id, path or `Dataset`; None for an agent that learns from an environment alone.
+        env: environment to evaluate in, and to act in for an agent that does (the dataset card's if
+            None); a gymnasium id or a function that makes one.
+        steps: gradient updates per member; environment steps per member for an agent that acts,
+            after its ``offline_steps`` updates on the dataset, which count among them.
         members: seeds trained side by side; each list in ``settings`` multiplies them.
         seed: of the first member; the others follow.
         cost_limits: expected undiscounted cost per episode, in user units, for the tables; an agent
@@ -104,7 +107,9 @@ def train(
         eval_episodes: per member and evaluation.
         log_interval: steps between two readings of the metrics (a hundredth of all if None).
         checkpoint_interval: steps between checkpoints (``eval_interval`` if None).
-        memory_map: hold the buffer in this file instead of memory.
+        memory_map: hold the dataset's rows in this file instead of memory.
+        start_from: folder of a run whose networks and optimisers this one begins with
+            (`Agent.warm_start`), in that run's units of observations and rewards.
         progress: print progress.
 
     Returns:
@@ -130,10 +135,12 @@ def train(
     cls, settings = agent_class(agent), dict(settings or {})
     if hasattr(cls.Config, "cost_limit"):
         limits, settings = _constrain(limits, settings)
-    if dataset is None and not hasattr(cls.Config, "random_steps"):
-        raise SaferlError(f"{agent} learns from a dataset: pass --dataset (online: sac)")
+    if dataset is None and cls.needs_dataset:
+        raise SaferlError(
+            f"{agent} learns from a dataset: pass --dataset (from an environment alone: sac)"
+        )
     torch_device = pick_device(device)
-    _check_machine(dataset is None, engine, precision, torch_device)
+    _check_machine(cls.acts, engine, precision, torch_device)
 
     source = None
     if dataset is not None and not isinstance(dataset, Dataset):
@@ -144,6 +151,8 @@ def train(
         raise SaferlError(no_costs(dataset.card.id))
     if dataset is not None:
         env = env or dataset.card.env_id
+    if env is None and cls.acts:
+        raise SaferlError(f"{agent} acts in an environment, but none is known: pass --env")
     task = "online" if dataset is None else dataset.card.id
     expanded, who = resolve(
         cls.Config, published(agent, task) | settings, list(range(seed, seed + members))
@@ -165,6 +174,7 @@ def train(
         "checkpoint_interval": checkpoint_interval or eval_interval,
         "threads": threads,
         "precision": precision,
+        "start_from": None if start_from is None else str(start_from),
         "agent_config": _plain(dataclasses.asdict(config)),
     }
     folder = RunFolder(out) if out else _free_folder(agent, env if dataset is None else task)
@@ -196,7 +206,7 @@ def resume(
     folder = RunFolder(run)
     plan = folder.config()
     torch_device = pick_device(device)
-    _check_machine(plan["dataset"] is None, engine, plan["precision"], torch_device)
+    _check_machine(agent_class(plan["agent"]).acts, engine, plan["precision"], torch_device)
     for name, given in (("dataset", dataset), ("env", env)):
         if plan[name] == OBJECT and given is None:
             raise SaferlError(
@@ -247,17 +257,8 @@ def _execute(
             evaluator = stack.enter_context(Evaluator(env, len(seeds), plan["eval_episodes"]))
         else:
             say(f"no environment is known for {dataset.card.id}: pass --env to evaluate")
-        if dataset is None:
-            probe = make_env(env)
-            stack.callback(probe.close)
-            spec = Spec.from_spaces(probe.observation_space, probe.action_space)
-            need = announce(
-                say, cls, spec, config, seeds, plan["steps"], device, plan["precision"],
-                own_rows=True,
-            )  # fmt: skip
-            agent = cls(spec, config, seeds, device, plan["precision"])
-            engine: Engine = OnlineEngine(agent, lambda: make_env(env), plan["steps"], seeds)
-        else:
+        rows = None
+        if dataset is not None:
             card = {
                 "card": dataset.card.to_dict(),
                 "fingerprint": dataset.fingerprint,
@@ -267,18 +268,42 @@ def _execute(
             for line in limit_warnings(dataset, plan["cost_limits"]):
                 say(f"warning: {line}")
             rows = cls.prepare(dataset, config)
-            spec = Spec.from_dataset(rows, config)
-            if evaluator is not None:
-                evaluator.check(spec)
-            need = announce(
-                say, cls, spec, config, seeds, len(rows), device, plan["precision"],
-                costs=rows.costs is not None, memory_map=memory_map is not None, dataset=rows,
-            )  # fmt: skip
-            agent = cls(spec, config, seeds, device, plan["precision"])
+        slots = None
+        if cls.acts:
+            slots = Slots(env, len(seeds), None)
+            stack.callback(slots.close)
+        start = None
+        if plan.get("start_from"):
+            start = (folder if resumed else RunFolder(plan["start_from"])).load()
+        spec = _spec(rows, slots, config, start)
+        if evaluator is not None:
+            evaluator.check(spec)
+        if slots is not None:
+            slots.check(spec)
+            for line in slots.narrower(spec):
+                say(f"warning: {line}")
+        own_rows = config.online_capacity or plan["steps"] - config.offline_steps if cls.acts else 0
+        need = announce(
+            say, cls, spec, config, seeds, 0 if rows is None else len(rows), device,
+            plan["precision"], costs=rows is None or rows.costs is not None,
+            memory_map=memory_map is not None, own_rows=own_rows, dataset=rows,
+        )  # fmt: skip
+        agent = cls(spec, config, seeds, device, plan["precision"])
+        buffer = None
+        if rows is not None:
             file_said = say if memory_map is not None else _silent  # the rest is in `need`'s line
-            buffer = ReplayBuffer.from_dataset(rows, spec, seeds, device, memory_map, file_said)
+            returns = returns_to_go(agent, rows) if cls.needs_returns else None
+            buffer = ReplayBuffer.from_dataset(
+                rows, spec, seeds, device, memory_map, file_said, returns
+            )
+        if slots is None:
             engine = Engine(agent, buffer, engine_kind)
-            if not resumed:
+        else:
+            engine = HybridEngine(agent, slots, plan["steps"], buffer, plan["members"], say)
+        if not resumed:
+            if start is not None:
+                agent.warm_start(part(start[0], "agent."))
+            elif rows is not None:
                 agent.fit(rows, say)
         if not resumed:
             folder = RunFolder.create(folder.path, plan, card)
@@ -292,6 +317,27 @@ def _execute(
         if (line := need.peak()) is not None:
             say(line)
         return run
+
+
+def _spec(rows: Dataset | None, slots: Slots | None, config: Any, start: tuple | None) -> Spec:
+    """The task as the agent sees it: a checkpoint's, the dataset's or the environment's."""
+    if start is not None:
+        return Spec.from_dict(start[1]["spec"])
+    if rows is not None:
+        return Spec.from_dataset(rows, config)
+    if config.normalize_observations or config.normalize_rewards:
+        raise SaferlError(
+            "there is no dataset to normalise by: pass --dataset, or leave out "
+            "normalize_observations and normalize_rewards"
+        )
+    env = slots.envs[0]
+    spec = Spec.from_spaces(env.observation_space, env.action_space)
+    return dataclasses.replace(
+        spec,
+        horizon=slots.horizon,
+        reward_scale=float(config.reward_scale),
+        reward_shift=float(config.reward_shift),
+    )
 
 
 def load_agent(run: str | Path, step: int | None = None, device: str = "cpu"):
@@ -318,11 +364,14 @@ def _constrain(limits: list[float], settings: dict[str, Any]) -> tuple[list[floa
     return limits or [limit for limit in given if math.isfinite(limit)], settings
 
 
-def _check_machine(online: bool, engine: str, precision: str, device: torch.device) -> None:
+def _check_machine(acts: bool, engine: str, precision: str, device: torch.device) -> None:
     """Say before any data are read what the device cannot do."""
     pick_engine(engine, device)
-    if online and engine not in ("auto", "eager"):
-        raise SaferlError(f"engine {engine} needs a dataset: online training steps environments")
+    if acts and engine not in ("auto", "eager"):
+        raise SaferlError(
+            f"engine {engine} is for agents that learn from a dataset alone: this one steps "
+            "environments between its updates, use eager"
+        )
     check_precision(precision, device)
 
 

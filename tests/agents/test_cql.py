@@ -79,7 +79,7 @@ class Reference:
     def update(self, batch: Batch, penalty: bool = True) -> dict[str, Tensor]:
         c = self.c
         self.updates += 1
-        s, a, r, _, s2, terminal = batch
+        s, a, r, _, s2, terminal, _ = batch
         backups = N if c.max_backup else 1
         noise = self.random.normal(B, 1 + 2 * N + backups, A)[self.member]
         uniform = 2 * self.random.uniform(B, N, A)[self.member] - 1

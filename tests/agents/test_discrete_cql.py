@@ -69,7 +69,7 @@ def test_updates_are_the_reference(float64, settings, member):
     for step in range(1, 5):
         batch = make_batch(agent, step)
         metrics = agent.update(batch)
-        s, a, r, _, s2, terminal = member_of(batch, member)
+        s, a, r, _, s2, terminal, _ = member_of(batch, member)
         chooser = critics if c.double else targets
         best = sum(values(net, s2).mean(-1) for net in chooser).argmax(-1)
         loss, gaps = 0.0, []

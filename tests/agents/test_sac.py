@@ -51,8 +51,8 @@ def test_updates_are_the_reference(float64, member, critics):
     for step in range(3):
         batch = make_batch(agent, step, costs=True)
         metrics = agent.update(batch)
-        s, a, r, cost, s2, terminal = member_of(batch, member)
-        noise, next_noise = random.normal(2, B, A)[member]
+        s, a, r, cost, s2, terminal, _ = member_of(batch, member)
+        next_noise, noise = (random.normal(B, A)[member] for _ in range(2))
         alpha = log_temperature.exp().detach()
 
         a2, log_a2 = (x.detach() for x in draw(s2, next_noise))

@@ -10,10 +10,11 @@ import torch
 from saferl.agents.base import Agent
 from saferl.data import Dataset
 from saferl.data.buffer import ReplayBuffer
+from saferl.evaluation.rollout import Slots
 from saferl.registry import agent_class
 from saferl.spec import Spec
 from saferl.training.engine import Engine
-from saferl.training.online import OnlineEngine
+from saferl.training.hybrid import HybridEngine
 
 SEEDS = (0, 1, 2)
 HORIZON = 20
@@ -185,7 +186,7 @@ def test_sac_learns_online():
         {"hidden": [32, 32], "batch_size": 64, "discount": 0.9, "random_steps": 100} | rates
     )
     agent = cls(Spec.from_spaces(Point.observation_space, Point.action_space), config, SEEDS)
-    engine = OnlineEngine(agent, Point, 1000, SEEDS)
+    engine = HybridEngine(agent, Slots(Point, len(SEEDS), None), 1000)
     engine.run(500)
     engine.close()
     policy = agent.policy()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saferl.data import buffer as buffer_module
-from saferl.data.buffer import ReplayBuffer, human
+from saferl.data.buffer import OnlineBuffer, ReplayBuffer, human
 from saferl.errors import SaferlError
 from saferl.spec import Spec
 from tests.conftest import point_dataset
@@ -71,19 +71,38 @@ def test_state_restores_the_sequence_of_batches(point):
     assert torch.equal(again.sample(8).rewards, first)
 
 
-def test_own_rows_grow_and_overwrite_the_oldest():
+def test_members_own_rows_grow_and_overwrite_the_oldest():
     spec = Spec(1, 1, action_low=(-1.0,), action_high=(1.0,))
-    buffer = ReplayBuffer(spec, 4, [0, 1], own_rows=True)
+    buffer = OnlineBuffer(spec, 4, [0, 1])
     for step in range(6):
-        values = np.array([[step], [10 + step]], np.float32)
-        buffer.extend(values[..., None], values[..., None] * 0, values, values[..., None],
-                      values * 0, values)  # fmt: skip
-    rewards = everything(buffer).rewards
-    assert sorted(rewards[0].tolist()) == [2, 3, 4, 5]
-    assert sorted(rewards[1].tolist()) == [12, 13, 14, 15]
-    restored = ReplayBuffer(spec, 4, [0, 1], own_rows=True)
-    restored.load_state_dict(buffer.state_dict(rows=True))
+        which = np.arange(2 if step < 5 else 1)  # the second member stops one step earlier
+        values = np.array([step, 10 + step], np.float32)[which]
+        buffer.append(which, which < 0, values[:, None], values[:, None] * 0, values,
+                      values[:, None], values * 0, values, None)  # fmt: skip
+    assert buffer.sizes.tolist() == [4, 4] and buffer.added.tolist() == [6, 5]
+    first, second = (buffer.of_member(m)[0].rewards[0].tolist() for m in (0, 1))
+    assert first == [2, 3, 4, 5] and second == [11, 12, 13, 14]
+    drawn = buffer.sample(200).rewards
+    assert set(drawn[0].tolist()) == {2, 3, 4, 5}
+    assert set(drawn[1].tolist()) == {11, 12, 13, 14}
+    restored = OnlineBuffer(spec, 4, [0, 1])
+    restored.load_state_dict(buffer.state_dict())
     assert torch.equal(restored.rows, buffer.rows)
+    assert torch.equal(restored.sample(8).rewards, buffer.sample(8).rewards)
+    only = buffer.sample_of([1], 50).rewards
+    assert only.shape == (1, 50) and only.min() >= 11
+
+
+def test_returns_to_go_are_filled_in_behind():
+    spec = Spec(1, 1, action_low=(-1.0,), action_high=(1.0,), reward_scale=2.0)
+    buffer = OnlineBuffer(spec, 4, [0], returns=True)
+    zero, none = np.zeros((1, 1), np.float32), np.full(1, -np.inf)
+    for reward in (1.0, 2.0, 3.0):
+        buffer.append(np.array([0]), np.array([False]), zero, zero, np.array([reward]), zero,
+                      np.zeros(1), np.zeros(1), none)  # fmt: skip
+    assert (buffer.of_member(0)[0].returns == -np.inf).all()
+    buffer.fill_returns(0, 2, np.cumsum)
+    assert buffer.of_member(0)[0].returns[0].tolist() == [-np.inf, 4.0, 10.0]
 
 
 def test_discrete_actions_come_back_as_integers():

@@ -20,7 +20,7 @@ from saferl.registry import agent_class, names
 from saferl.training import members
 from saferl.training.members import merge, split
 from saferl.training.run import RunFolder
-from tests.conformance.test_agents import SMALL, Setup, dataset_for
+from tests.conformance.test_agents import SMALL, Setup, dataset_for, run_options
 from tests.conftest import point_dataset
 
 ENV = "tests.conftest:PointTest-v0"  # module:id also works in another process
@@ -125,7 +125,8 @@ def test_more_than_ten_members_keep_their_order(tmp_path):
 def test_every_agent_splits_and_merges(agent, tmp_path):
     cls = agent_class(agent)
     settings = {key: value for key, value in SMALL.items() if hasattr(cls.Config, key)}
-    run = quick(dataset_for(cls), tmp_path / "run", agent, steps=5, settings=settings)
+    options = {"steps": 5, "settings": settings} | run_options(cls)
+    run = quick(dataset_for(cls), tmp_path / "run", agent, **options)
     paths = split(run, tmp_path / "parts")
     same(merge(paths, tmp_path / "whole"), run)
     assert saferl.load_agent(paths[1]).seeds == (1,)
@@ -202,7 +203,7 @@ def test_online_runs_split_with_their_own_rows(tmp_path):
     run = quick(None, tmp_path / "run", "sac", env=ENV, settings=settings, members=2)
     paths = split(run, tmp_path / "parts")
     state, _ = RunFolder(paths[1]).load()
-    assert state["engine.buffer.rows"].shape[:2] == (1, 20)
+    assert state["engine.buffer.online.rows"].shape[:2] == (1, 20)
     same(merge(paths, tmp_path / "whole"), run)
     longer = saferl.resume(paths[1], steps=25, device="cpu", progress=False)
     assert longer.agent.updates == 20

@@ -140,7 +140,7 @@ def test_rows_of_their_own_count_per_member_and_a_file_not_at_all():
     cls = agent_class("sac")
     config = make_config(cls)
     shared = estimate(cls, CONTINUOUS, config, 4, 1000)
-    own = estimate(cls, CONTINUOUS, config, 4, 1000, own_rows=True)
+    own = estimate(cls, CONTINUOUS, config, 4, 0, own_rows=1000)
     mapped = estimate(cls, CONTINUOUS, config, 4, 1000, memory_map=True)
     costless = estimate(cls, CONTINUOUS, config, 4, 1000, costs=False)
     rows = ReplayBuffer(CONTINUOUS, 1000, [0]).rows.nbytes

@@ -177,7 +177,7 @@ def test_online_training_learns_resumes_and_logs(tmp_path):
     rows = metrics(run.path)
     assert any(row["train_return"] for row in rows)
     state, _ = RunFolder(run.path).load()
-    assert state["engine.buffer.rows"].shape[:2] == (2, 120)  # members own their data
+    assert state["engine.buffer.online.rows"].shape[:2] == (2, 120)  # members own their data
     longer = saferl.resume(run.path, steps=140, device="cpu", progress=False)
     assert longer.agent.updates == 120  # one per step after the 20 random ones
 

@@ -1,0 +1,87 @@
+"""Settings of agents that act in an environment while they learn.
+
+A run of such an agent takes rows from a dataset, from the environments that its members act in, or
+from both (`saferl.training.hybrid`). An update is made of ``inner_steps`` critic steps, each on
+``batch_size`` rows; where its rows come from is decided once per update, so that an update is also
+a block of one source. The update-to-data ratio counts critic steps per environment step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from saferl.errors import SaferlError, unknown
+
+from .base import AgentConfig, per_member
+
+SAMPLING = ("mixed", "block", "alternate")
+SHARES = ("constant", "annealed", "proportional")
+
+
+@dataclass(frozen=True)
+class HybridConfig(AgentConfig):
+    """Fields of agents that act in an environment while they learn."""
+
+    inner_steps: int = 1  # K, critic steps per update, each on a batch of its own
+    utd: float = 0.0  # critic steps per environment step; 0: inner_steps, one update per step
+    fresh_batches: bool = True  # False: all critic steps of an update see one batch
+    sampling: str = (
+        "mixed"  # mixed: a share of every batch; block, alternate: one source per update
+    )
+    offline_share: float = 0.5  # of rows (mixed), or of updates in the long run (block)
+    share_rule: str = "constant"  # annealed: to final_share; proportional: to the rows of each
+    final_share: float = 0.0  # of the annealed share, reached after anneal_steps
+    anneal_steps: int = 0  # environment steps
+    offline_steps: int = 0  # the first so many steps update on the dataset and act in nothing
+    random_steps: int = 5000  # environment steps of uniform actions, before the first update
+    start_steps: int = 0  # environment steps before the first update, whoever acts
+    online_capacity: int = 0  # rows of the online buffer per member; 0: every step of the run
+    exploration_budget: float = math.inf  # cost that acting may spend in the run, per member
+
+    def __post_init__(self):
+        for name, known in (("sampling", SAMPLING), ("share_rule", SHARES)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+        for name, least in {
+            "inner_steps": 1, "anneal_steps": 0, "offline_steps": 0, "random_steps": 0,
+            "start_steps": 0, "online_capacity": 0,
+        }.items():  # fmt: skip
+            at_least(self, name, least)
+        between(self, "offline_share", 0, 1)
+        between(self, "final_share", 0, 1)
+        if not 0 <= self.utd < math.inf:
+            raise SaferlError(f"utd is a number above 0, or 0 for inner_steps, got {self.utd:g}")
+        for budget in per_member(self, "exploration_budget"):
+            if not budget >= 0:
+                raise SaferlError(
+                    "exploration_budget is a cost of 0 or more per member (inf for none), got "
+                    f"{budget:g}"
+                )
+        if self.share_rule == "annealed" and not self.anneal_steps:
+            raise SaferlError("an annealed share needs anneal_steps, 1 or more environment steps")
+        if self.sampling == "mixed" and isinstance(self.offline_share, tuple):
+            raise SaferlError(
+                "offline_share can differ between members only with sampling=block: mixed batches "
+                "of one run have one share"
+            )
+
+    @property
+    def updates_per_step(self) -> float:
+        """Updates per environment step."""
+        return (self.utd or self.inner_steps) / self.inner_steps
+
+
+def at_least(config: Any, name: str, least: int) -> None:
+    """Raise `SaferlError` where a whole number of a config is smaller."""
+    if getattr(config, name) < least:
+        raise SaferlError(f"{name} must be {least} or more, got {getattr(config, name)}")
+
+
+def between(config: Any, name: str, low: float, high: float, above: bool = False) -> None:
+    """Raise `SaferlError` where a number is outside [low, high], or (low, high] with ``above``."""
+    lower = f"above {low:g} and" if above else f"{low:g} or more and"
+    for value in per_member(config, name):
+        if not low <= value <= high or (above and value == low):
+            raise SaferlError(f"{name} must be {lower} at most {high:g}, got {value:g}")

@@ -1,0 +1,125 @@
+"""What a batch is made of: rows of a dataset, rows that members gathered, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saferl.data.buffer import Batch, OnlineBuffer, ReplayBuffer
+from saferl.rng import MemberRandom
+
+
+class Mixture:
+    """Draws the rows of an update by the rules of a `HybridConfig`, from one buffer or from two.
+
+    An update takes n batches of B rows. In each of them so many rows are the dataset's, the same
+    number in all n: `mixed` round(p B), `block` B with probability p and else 0, `alternate` B in
+    every second update and 0 in the others. p is ``offline_share``; ``annealed`` it goes linearly
+    to ``final_share``, ``proportional`` it is the dataset's part of all rows. A member that has no
+    rows of one of the two takes all from the other.
+
+    Each member draws from streams of its own, and no row of the other source is touched in a batch
+    of a single one.
+
+    Args:
+        config: a `HybridConfig`.
+        offline: the dataset's rows, or None.
+        online: the members' own.
+        seeds: one per member.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        offline: ReplayBuffer | None,
+        online: OnlineBuffer,
+        seeds: Sequence[int],
+    ):
+        self.config, self.offline, self.online = config, offline, online
+        self.random = MemberRandom(seeds, stream=5)
+        self.steps = 0  # environment steps so far
+        self.only_offline = False
+        self.draws = 0
+        share = config.offline_share
+        self._share = np.array(share if isinstance(share, tuple) else [share] * online.members)
+
+    def share(self) -> np.ndarray:
+        """p of each member now, ``[M]``."""
+        c = self.config
+        if c.share_rule == "annealed":
+            done = min(1.0, self.steps / c.anneal_steps)
+            return self._share + done * (c.final_share - self._share)
+        if c.share_rule == "proportional" and self.offline is not None:
+            return self.offline.size / (self.offline.size + self.online.sizes)
+        return self._share
+
+    def ready(self) -> bool:
+        """Whether every member has rows to learn from."""
+        return self.offline is not None or bool(self.online.sizes.all())
+
+    def _counts(self, rows: int) -> np.ndarray:
+        """Rows of the dataset in each batch of ``rows``, ``[M]``."""
+        sampling, members = self.config.sampling, self.online.members
+        if self.offline is None:
+            return np.zeros(members, np.int64)
+        if sampling == "mixed":
+            counts = np.floor(self.share() * rows + 0.5).astype(np.int64)
+        elif sampling == "block":
+            # Drawn also where nothing depends on it: the stream's place is that of the updates.
+            uniform = self.random.uniform().numpy()
+            counts = rows * (uniform < self.share())
+        else:
+            counts = np.full(members, rows * (1 - self.draws % 2))
+        self.draws += 1
+        return np.where(self.only_offline | (self.online.sizes == 0), rows, counts)
+
+    def sample(self, total: int) -> Batch:
+        """``[M, total]``: one batch after the other, each with its share of both."""
+        rows = min(self.config.batch_size, total)
+        n, counts = total // rows, self._counts(rows)
+        parts, order = [], []
+        for count in np.unique(counts):
+            members = np.flatnonzero(counts == count).tolist()
+            order += members
+            parts.append(self._draw(members, n, rows, int(count)))
+        if len(parts) == 1:
+            return parts[0]
+        back = torch.from_numpy(np.argsort(order)).to(self.online.device)
+        whole = Batch.concatenate(parts, 0)
+        return Batch(*(None if field is None else field[back] for field in whole))
+
+    def _draw(self, members: list[int], n: int, rows: int, count: int) -> Batch:
+        if count == rows:
+            return self.offline.sample_of(members, n * rows)
+        if count == 0:
+            return self.online.sample_of(members, n * rows)
+        logged = self.offline.sample_of(members, n * count)
+        own = self.online.sample_of(members, n * (rows - count))
+        if n == 1:
+            return Batch.concatenate([logged, own], 1)
+        cut = [
+            Batch(*(None if f is None else f.unflatten(1, (n, -1)) for f in part))
+            for part in (logged, own)
+        ]
+        whole = Batch.concatenate(cut, 2)
+        return Batch(*(None if f is None else f.flatten(1, 2) for f in whole))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"online.{k}": v for k, v in self.online.state_dict().items()}
+        if self.offline is not None:
+            state |= {f"offline.{k}": v for k, v in self.offline.state_dict().items()}
+        state["random"] = self.random.state_dict()["state"]
+        state["draws"] = torch.tensor(self.draws)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, buffer in (("online.", self.online), ("offline.", self.offline)):
+            if buffer is not None:
+                part = {k[len(name) :]: v for k, v in state.items() if k.startswith(name)}
+                buffer.load_state_dict(part)
+        self.random.load_state_dict({"state": state["random"]})
+        self.draws = int(state["draws"])

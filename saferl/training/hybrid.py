@@ -1,0 +1,291 @@
+"""Hybrid training: members act in environments of their own and learn from both sources.
+
+The first ``offline_steps`` of a run's steps are updates on the dataset alone; each of the others
+acts once in every member's environment and then makes the updates that are due, which is ``utd``
+critic steps per environment step (`saferl.agents.hybrid`). Without a dataset it is plain online
+training.
+
+Resuming. A checkpoint holds the seed of each running episode and the actions taken in it. A resumed
+run resets the environment with that seed and takes the same actions again, so it stands where it
+stood, in any environment that its seed and the actions determine. Where another observation comes
+back, that member begins a new episode, and the run says so.
+
+An environment that fails ends the call of `HybridEngine.run` before the step; the rest is in order.
+After a resume, the member it belongs to begins a new episode, since the old one would fail again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saferl.data.buffer import OnlineBuffer, ReplayBuffer
+from saferl.data.mixture import Mixture
+from saferl.errors import SaferlError
+from saferl.evaluation.rollout import Slots
+from saferl.rng import MemberRandom
+from saferl.training.engine import Engine, part
+
+SEEDS = 1_000_003  # between the first episodes of two members of neighbouring seeds
+EPISODE = ("return", "cost", "length")
+
+
+class HybridEngine(Engine):
+    """One environment per member: each step acts once in each, then makes the updates due.
+
+    Args:
+        agent: one that acts (`Agent.acts`).
+        slots: an environment for each member.
+        steps: of the whole run.
+        offline: rows of a dataset, or None.
+        names: of the members, for what is said.
+        say: receives what a user should know in mid-run.
+
+    Raises:
+        SaferlError: the environments' spaces are not the agent's; nothing to learn from.
+    """
+
+    def __init__(
+        self,
+        agent: Any,
+        slots: Slots,
+        steps: int,
+        offline: ReplayBuffer | None = None,
+        names: Sequence[str] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        c, seeds = agent.config, agent.seeds
+        self.slots, self.say, self.names = slots, say, names or [f"seed={s}" for s in seeds]
+        self.acting = steps - c.offline_steps  # environment steps of the run
+        if c.offline_steps and offline is None:
+            raise SaferlError("offline_steps update on a dataset: pass --dataset")
+        if self.acting < 1:
+            raise SaferlError(
+                f"offline_steps = {c.offline_steps} leaves none of {steps} steps to act in the "
+                "environment: train for more --steps"
+            )
+        costs = True if offline is None else offline.costs
+        self.online = OnlineBuffer(
+            agent.spec, c.online_capacity or self.acting, seeds, agent.device, costs,
+            agent.needs_returns,
+        )  # fmt: skip
+        super().__init__(agent, Mixture(c, offline, self.online, seeds))
+        self.random = MemberRandom(seeds, agent.device, stream=3)
+        self.policy = agent.behaviour()
+        self.steps = 0  # of the run
+        self.budget = np.array(agent.column("exploration_budget"))
+        self.spent = np.zeros(len(seeds))  # cost of all that was done in the environment
+        self.exploring = self.spent < self.budget
+        if offline is None and not self.exploring.all():
+            raise SaferlError(
+                "an exploration_budget of 0 leaves nothing to learn from: pass --dataset"
+            )
+        if np.isfinite(self.budget).any() or agent.uses_costs():
+            self._need_costs()
+        slots.begin(np.array([(seed * SEEDS) % 2**31 for seed in seeds]))
+        slots.episode[:] = -1
+        shape = () if slots.spaces.discrete else (slots.spaces.action_dim,)
+        kind = np.int64 if slots.spaces.discrete else np.float32
+        self.actions = np.zeros((len(seeds), slots.horizon, *shape), kind)  # of running episodes
+        self.episodes = np.zeros((len(seeds), 3))  # return, cost, length so far
+        self.finished = np.zeros((len(seeds), 4))  # their sums since the last reading, and count
+        self.last = np.zeros((len(seeds), 4))  # their means at the last reading; 1 once known
+
+    def _need_costs(self) -> None:
+        """Refuse an environment whose first step reports no cost, before the run begins."""
+        slots = self.slots
+        slots.begin(0)
+        slots.start(0, 0)
+        slots.step(slots.act(lambda rows: self._uniform(0.5), len(slots.envs)))
+        if not slots.has_costs:
+            raise SaferlError(
+                f"{slots.name} reports no cost, which a cost limit, a cost penalty and an "
+                "exploration budget need: wrap it in saferl.envs.CostWrapper"
+            )
+
+    # Acting --------------------------------------------------------------------------------------
+
+    def run(self, steps: int) -> int:
+        """``steps`` steps of the run; fewer where an environment fails, and then `failure` says."""
+        for done in range(steps):
+            if self.steps < self.agent.config.offline_steps:
+                self.buffer.only_offline = True
+                self.steps += 1
+                self._update()
+                continue
+            self.buffer.only_offline = False
+            if self.exploring.any() and not self._act():
+                return done
+            self.steps += 1
+            self.buffer.steps += 1
+            for _ in range(self._due(self.buffer.steps) - self._due(self.buffer.steps - 1)):
+                if self.buffer.ready():
+                    self._update()
+        return steps
+
+    def _due(self, steps: int) -> int:
+        """Updates that belong to the first ``steps`` environment steps."""
+        c = self.agent.config
+        learning = steps - max(c.random_steps, c.start_steps)
+        return int(max(0, learning) * c.updates_per_step + 1e-9)
+
+    def _act(self) -> bool:
+        """One step in the environment of each member that explores; whether all went well."""
+        slots = self.slots
+        try:
+            for m in np.flatnonzero(self.exploring & ~slots.running):
+                slots.start(m, int(slots.episode[m]) + 1)
+        except SaferlError as error:
+            self._fail(error)
+            return False
+        drawn = [generator.get_state() for generator in self.random.generators]
+        actions = slots.act(self._choose, len(slots.envs))
+        which = np.flatnonzero(slots.running)
+        before, elapsed = slots.observations.copy(), slots.elapsed.copy()
+        self.actions[which, elapsed[which]] = actions[which]
+        try:
+            ended = slots.step(actions)
+        except SaferlError as error:
+            # What the others did in this step is not in the buffer: they do it again.
+            slots.observations[:], slots.elapsed[:] = before, elapsed
+            self.random.load_state_dict({"state": torch.stack(drawn)})
+            self._fail(error)
+            return False
+        self._store(which, before, actions, ended)
+        return True
+
+    def _fail(self, error: SaferlError) -> None:
+        slots = self.slots
+        failed, slots.failed = slots.failed, None
+        slots.running[failed] = False
+        self.online.cut(failed)
+        self.episodes[failed] = 0
+        self.failure = SaferlError(f"{error} (member {self.names[failed]})")
+
+    def _choose(self, observations: np.ndarray) -> Tensor:
+        if self.buffer.steps < self.agent.config.random_steps:
+            return self._uniform(self.random.uniform(1, self.agent.spec.action_dim).cpu())
+        rows = torch.from_numpy(observations).to(self.agent.device)
+        return self.policy.sample(rows, self.random)
+
+    def _uniform(self, part: Tensor | float) -> Tensor:
+        """Actions ``[M, 1, A]`` so far along from the lowest to the highest."""
+        spec = self.agent.spec
+        low, high = (torch.tensor(b) for b in (spec.action_low, spec.action_high))
+        return (low + (high - low) * part).expand(len(self.names), 1, -1)
+
+    def _store(
+        self, which: np.ndarray, before: np.ndarray, actions: np.ndarray, ended: np.ndarray
+    ) -> None:
+        """What the members ``which`` did goes to their buffers, their books and their budgets."""
+        slots = self.slots
+        over = np.isin(which, ended)
+        self.online.append(
+            which, over, before[which], actions[which], slots.rewards[which],
+            slots.observations[which], slots.terminals[which], slots.costs[which],
+            *([np.full(len(which), -np.inf)] if self.online.returns else [None]),
+        )  # fmt: skip
+        self.episodes[which] += np.stack(
+            [slots.rewards[which], slots.costs[which], np.ones(len(which))], 1
+        )
+        self.spent[which] += slots.costs[which]
+        for m in ended:
+            if self.online.returns:
+                length = int(self.episodes[m, 2])
+                self.online.fill_returns(m, length, self.agent.returns_to_go)
+            self.finished[m, :3] += self.episodes[m]
+            self.finished[m, 3] += 1
+            self.episodes[m] = 0
+        for m in which[self.spent[which] >= self.budget[which]]:
+            self.exploring[m] = slots.running[m] = False
+            self.online.cut(m)
+            self.say(
+                f"member {self.names[m]} stops exploring at step {self.steps + 1}: it has spent a "
+                f"cost of {self.spent[m]:g} of its exploration_budget of {self.budget[m]:g}; "
+                "updates go on with what it has"
+            )
+
+    # Reading and keeping -------------------------------------------------------------------------
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Metrics as in `Engine`, and what exploring cost and brought.
+
+        ``exploration_cost``: cost of all environment steps so far; ``train_return``, ``train_cost``
+        and ``train_length``: means of the episodes that ended since the last reading.
+        """
+        means = super().read()
+        some = self.finished[:, 3] > 0
+        if some.any():
+            self.last[some] = self.finished[some] / self.finished[some, 3:]
+            self.finished[:] = 0
+            if self.last[:, 3].all():
+                means |= {f"train_{name}": self.last[:, i].copy() for i, name in enumerate(EPISODE)}
+        if self.slots.has_costs:
+            means["exploration_cost"] = self.spent.copy()
+        return means
+
+    def state_dict(self) -> dict[str, Tensor]:
+        slots, state = self.slots, super().state_dict()
+        for name, array in {
+            "spent": self.spent, "exploring": self.exploring, "episodes": self.episodes,
+            "finished": self.finished, "last": self.last, "actions": self.actions,
+            "episode": slots.episode, "elapsed": slots.elapsed, "running": slots.running,
+            "observations": slots.observations,
+        }.items():  # fmt: skip
+            state[f"acting.{name}"] = torch.from_numpy(array.copy())
+        state["acting.random"] = self.random.state_dict()["state"]
+        state["steps"], state["acted"] = torch.tensor(self.steps), torch.tensor(self.buffer.steps)
+        state["has_costs"] = torch.tensor(self.slots.has_costs)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        slots, acting = self.slots, part(state, "acting.")
+        self.random.load_state_dict({"state": acting.pop("random")})
+        self.steps, self.buffer.steps = int(state["steps"]), int(state["acted"])
+        slots.has_costs = bool(state["has_costs"])
+        values = {name: tensor.numpy().copy() for name, tensor in acting.items()}
+        for name in ("spent", "exploring", "episodes", "finished", "last", "actions"):
+            setattr(self, name, values[name])
+        slots.episode[:] = values["episode"]
+        same = np.zeros(len(self.names), bool)
+        for m in np.flatnonzero(values["running"]):
+            same[m] = self._replay(m, int(values["elapsed"][m]), values["observations"][m])
+            if not same[m]:
+                self.online.cut(m)
+                self.episodes[m] = 0
+                self.say(
+                    f"{slots.name} does not come back to where it was from its seed and the same "
+                    f"actions: member {self.names[m]} begins a new episode"
+                )
+        slots.running[:] = same
+
+    def _replay(self, member: int, elapsed: int, observation: np.ndarray) -> bool:
+        """Bring an environment to where it stood ``elapsed`` steps into its episode."""
+        slots = self.slots
+        slots.running[:] = False
+        try:
+            slots.start(member, int(slots.episode[member]))
+            for step in range(elapsed):
+                slots.step(self.actions[:, step])
+                if not slots.running[member]:
+                    return False
+        except SaferlError:
+            return False
+        return np.array_equal(slots.observations[member], observation)
+
+    def close(self) -> None:
+        self.slots.close()
+
+
+def returns_to_go(agent: Any, dataset: Any) -> np.ndarray:
+    """Of every row ``[N]``, in the agent's units; -inf after the last complete episode."""
+    rewards = agent.spec.rewards(dataset.rewards)
+    found = np.full(len(dataset), -np.inf, np.float32)
+    for start, stop in dataset.episodes:
+        found[start:stop] = agent.returns_to_go(rewards[start:stop])
+    return found
