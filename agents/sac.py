@@ -125,12 +125,16 @@ class SAC(CostLimited, Agent):
             metrics, q = self.step_critics(part)
             if c.actor_steps == "each" or k == last:
                 metrics |= self.step_actor(batch if c.actor_steps == "all" else part, q)
-            polyak(self.critic_target, self.critic, c.tau)
-            if self.constraint is not None:
-                self.cost_critic.follow(c.tau)
+            self.follow(c.tau)
             for name, value in metrics.items():
                 sums.setdefault(name, []).append(value)
         return {n: v[0] if len(v) == 1 else torch.stack(v).mean(0) for n, v in sums.items()}
+
+    def follow(self, rate: float) -> None:
+        """Move the targets towards the critics, after each critic step."""
+        polyak(self.critic_target, self.critic, rate)
+        if self.constraint is not None:
+            self.cost_critic.follow(rate)
 
     def parts(self, batch: Batch) -> Iterator[Batch]:
         """The K batches of an update, which are all the same without ``fresh_batches``."""
@@ -151,11 +155,14 @@ class SAC(CostLimited, Agent):
         metrics = {}
         if self.constraint is not None:
             _, metrics["cost_critic_loss"] = self.learn_costs(batch, next_actions)
-        q = self.critic(batch.observations, batch.actions)
-        loss = (q - target[:, None]).square().mean(-1).sum(1)
+        loss, q = self.critic_loss(batch, target)
         self.minimise(self.critic_optimizer, loss)
-        q = q.detach()
         return metrics | {"critic_loss": loss.detach(), "q": q.mean((1, 2))}, q
+
+    def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
+        """L_Q ``[M]``, and Q_e(s, a) ``[M, E, B]`` without a gradient."""
+        q = self.critic(batch.observations, batch.actions)
+        return (q - target[:, None]).square().mean(-1).sum(1), q.detach()
 
     @torch.no_grad()
     def target(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -179,18 +186,9 @@ class SAC(CostLimited, Agent):
 
     def step_actor(self, batch: Batch, q: Tensor) -> Metrics:
         """Step π, log α and, under a limit, ρ. ``q``: Q_e(s, a) of a batch, the unit of costs."""
-        observations, temperature = batch.observations, self.temperature()
-        actions, log_prob = self.actor.squash(*self.actor(observations), self.noise(batch))
-        values = self.critic(observations, actions, frozen=True)
-        value = values.amin(1) if self.config.actor_value == "min" else values.mean(1)
-        if self.constraint is not None:
-            cost = self.cost_critic(observations, actions)
-            of_value, of_cost = self.constraint.weights(q[:, 0])
-            value = of_value * value - of_cost * cost
-        loss = (temperature * log_prob - value).mean(-1)
+        temperature = self.temperature()
+        loss, entropy, cost = self.actor_loss(batch, q)
         self.minimise(self.actor_optimizer, loss)
-
-        entropy = -log_prob.detach().mean(-1)
         target = self.config.target_entropy * self.spec.action_dim
         self.minimise(self.temperature_optimizer, self.log_temperature * (entropy - target))
         metrics = {
@@ -199,5 +197,19 @@ class SAC(CostLimited, Agent):
             "temperature": temperature[:, 0],
         }
         if self.constraint is not None:
-            metrics |= self.constraint.step(cost.detach().mean(-1))
+            metrics |= self.constraint.step(cost)
         return metrics
+
+    def actor_loss(self, batch: Batch, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """L_π, and without a gradient the policy's entropy and under a limit J, each ``[M]``."""
+        observations, cost = batch.observations, None
+        actions, log_prob = self.actor.squash(*self.actor(observations), self.noise(batch))
+        values = self.critic(observations, actions, frozen=True)
+        value = values.amin(1) if self.config.actor_value == "min" else values.mean(1)
+        if self.constraint is not None:
+            cost = self.cost_critic(observations, actions)
+            of_value, of_cost = self.constraint.weights(q[:, 0])
+            value = of_value * value - of_cost * cost
+            cost = cost.detach().mean(-1)
+        loss = (self.temperature() * log_prob - value).mean(-1)
+        return loss, -log_prob.detach().mean(-1), cost

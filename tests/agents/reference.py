@@ -74,31 +74,42 @@ class Net:
             )
             for w, b in zip(mlp.weights, mlp.biases)
         ]
+        self.norms = [  # scale and offset of each hidden layer's LayerNorm, where there is one
+            tuple(x[member, element, 0].detach().clone().requires_grad_() for x in pair)
+            for pair in zip(mlp.scales, mlp.offsets)
+        ]
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         x = torch.cat(inputs, -1)
-        for weight, bias in self.layers[:-1]:
-            x = F.relu(F.linear(x, weight, bias))
+        for i, (weight, bias) in enumerate(self.layers[:-1]):
+            x = F.linear(x, weight, bias)
+            if self.norms:
+                x = F.layer_norm(x, x.shape[-1:], *self.norms[i])
+            x = F.relu(x)
         return F.linear(x, *self.layers[-1])
 
     def parameters(self) -> list[Tensor]:
-        return [tensor for layer in self.layers for tensor in layer]
+        return [tensor for pair in (*self.layers, *self.norms) for tensor in pair]
 
     def copy(self) -> Net:
         twin = Net.__new__(Net)
         twin.layers = [(w.detach().clone(), b.detach().clone()) for w, b in self.layers]
+        twin.norms = [(w.detach().clone(), b.detach().clone()) for w, b in self.norms]
         return twin
 
+    @torch.no_grad()
     def follow(self, source: Net, rate: float) -> None:
         """Polyak average, written out."""
-        for (w, b), (w_new, b_new) in zip(self.layers, source.layers):
-            w.copy_(rate * w_new.detach() + (1 - rate) * w)
-            b.copy_(rate * b_new.detach() + (1 - rate) * b)
+        for own, new in zip(self.parameters(), source.parameters()):
+            own.copy_(rate * new.detach() + (1 - rate) * own)
 
     def assert_is(self, mlp: nn.Module, member: int, element: int = 0) -> None:
         for (w, b), weight, bias in zip(self.layers, mlp.weights, mlp.biases):
             torch.testing.assert_close(weight[member, element].T, w, rtol=1e-9, atol=1e-11)
             torch.testing.assert_close(bias[member, element, 0], b, rtol=1e-9, atol=1e-11)
+        for (w, b), scale, offset in zip(self.norms, mlp.scales, mlp.offsets, strict=True):
+            torch.testing.assert_close(scale[member, element, 0], w, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(offset[member, element, 0], b, rtol=1e-9, atol=1e-11)
 
 
 def nets(ensemble: nn.Module, member: int) -> list[Net]:

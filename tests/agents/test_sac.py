@@ -2,87 +2,56 @@
 
 from __future__ import annotations
 
-import math
-
+import numpy as np
 import pytest
 import torch
-from torch.distributions import Normal, TanhTransform
 
-from saferl.rng import MemberRandom
+from saferl.errors import SaferlError
 
-from .reference import (
-    MEMBERS,
-    A,
-    B,
-    Net,
-    adam,
-    descend,
-    float64,
-    gradients,
-    make,
-    make_batch,
-    member_of,
-    moved,
-    nets,
-)
+from . import limited
+from .reference import MEMBERS, B, float64, gradients, make, make_batch, moved
+from .soft import Plain
 
 __all__ = ["float64"]
 
+RATES = {"actor_lr": 1e-2, "critic_lr": 2e-2, "temperature_lr": 3e-2, "tau": 0.1,
+         "initial_temperature": 0.5, "batch_size": B}  # fmt: skip
+THREE = {"inner_steps": 3}
+
 
 @pytest.mark.parametrize("member", range(len(MEMBERS)))
-@pytest.mark.parametrize("critics", [2, 3])
-def test_updates_are_the_reference(float64, member, critics):
-    rates = {"actor_lr": 1e-2, "critic_lr": 2e-2, "temperature_lr": 3e-2, "tau": 0.1}
-    agent = make("sac", **rates, critics=critics, cost_penalty=0.7, initial_temperature=0.5)
-    actor, qs = Net(agent.actor.mlp, member), nets(agent.critic, member)
-    targets = [q.copy() for q in qs]
-    log_temperature = torch.tensor(math.log(0.5), requires_grad=True)
-    random = MemberRandom(MEMBERS, stream=1)
-    actor_optimizer, critic_optimizer = adam(actor, lr=1e-2), adam(*qs, lr=2e-2)
-    temperature_optimizer = adam(log_temperature, lr=3e-2)
-
-    def draw(s, noise):
-        mean, log_std = actor(s).chunk(2, -1)
-        normal = Normal(mean, log_std.clamp(-5, 2).exp())
-        raw = normal.mean + normal.stddev * noise
-        slope = TanhTransform().log_abs_det_jacobian(raw, raw.tanh())
-        return raw.tanh(), (normal.log_prob(raw) - slope).sum(-1)
-
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cost_penalty": 0.7},
+        {"critics": 3},
+        {"critics": 1},
+        {"critics": 4, "target_critics": 2},
+        {"critics": 3, "actor_value": "mean"},
+        {"entropy_backup": False},
+        {"target_entropy": -0.5},
+        {"critic_layer_norm": True, "actor_layer_norm": True},
+        {"critic_hidden": [5], "init": "xavier", "log_std_min": -20.0},
+        THREE,
+        THREE | {"actor_steps": "last"},
+        THREE | {"actor_steps": "all", "critics": 3, "actor_value": "mean"},
+        THREE | {"fresh_batches": False},
+    ],
+)
+def test_updates_are_the_reference(float64, member, settings):
+    agent = make("sac", **RATES | settings)
+    plain = Plain(agent, member)
     for step in range(3):
-        batch = make_batch(agent, step, costs=True)
-        metrics = agent.update(batch)
-        s, a, r, cost, s2, terminal, _ = member_of(batch, member)
-        next_noise, noise = (random.normal(B, A)[member] for _ in range(2))
-        alpha = log_temperature.exp().detach()
-
-        a2, log_a2 = (x.detach() for x in draw(s2, next_noise))
-        next_q = torch.stack([q(s2, a2)[:, 0] for q in targets]).min(0).values
-        y = (r - 0.7 * cost + 0.99 * (1 - terminal) * (next_q - alpha * log_a2)).detach()
-        critic_loss = sum(((q(s, a)[:, 0] - y) ** 2).mean() for q in qs)
-        descend(critic_optimizer, critic_loss)
-        torch.testing.assert_close(metrics["critic_loss"][member], critic_loss.detach())
-
-        p, log_p = draw(s, noise)
-        policy_q = torch.stack([q(s, p)[:, 0] for q in qs]).min(0).values
-        actor_loss = (alpha * log_p - policy_q).mean()
-        descend(actor_optimizer, actor_loss)
-        torch.testing.assert_close(metrics["actor_loss"][member], actor_loss.detach())
-
-        descend(temperature_optimizer, -log_temperature * (log_p.detach() - A).mean())
-        for target, q in zip(targets, qs):
-            target.follow(q, 0.1)
-        actor.assert_is(agent.actor.mlp, member)
-        torch.testing.assert_close(agent.log_temperature[member], log_temperature)
-        torch.testing.assert_close(agent.log_temperature.grad[member], log_temperature.grad)
-        for e in range(critics):
-            qs[e].assert_is(agent.critic.mlp, member, e)
-            targets[e].assert_is(agent.critic_target.mlp, member, e)
+        batch = make_batch(agent, step, agent.batch_rows, costs=True)
+        agent.update(batch)
+        plain.update(batch)
+        plain.assert_is(agent)
 
 
 def test_everything_moves_with_every_update():
     agent = make("sac")
     everything = {"actor", "critic", "critic_target", "log_temperature"}
-    assert moved(agent, make_batch(agent)) == everything
+    assert moved(agent, make_batch(agent, rows=agent.batch_rows)) == everything
 
 
 @pytest.mark.parametrize(
@@ -92,6 +61,8 @@ def test_everything_moves_with_every_update():
         ({"discount": 0.9}, {"discount": 0.99}),
         ({"cost_penalty": 0.0}, {"cost_penalty": 1.0}),
         ({"initial_temperature": 1.0}, {"initial_temperature": 0.1}),
+        ({"entropy_backup": True}, {"entropy_backup": False}),
+        ({"critics": 3}, {"critics": 3, "target_critics": 1}),
     ],
 )
 def test_coefficients_reach(before, after):
@@ -112,3 +83,79 @@ def test_costs_without_a_price_change_nothing():
     two.update(make_batch(two, costs=True)._replace(costs=None))
     for p, q in zip(one.critic.parameters(), two.critic.parameters()):
         assert torch.equal(p, q)
+
+
+def test_the_target_draws_other_critics_each_time():
+    agent = make("sac", critics=4, target_critics=1)
+    with torch.no_grad():  # critics that differ by far
+        agent.critic_target.mlp.biases[-1] += 100 * torch.arange(4.0).view(1, 4, 1, 1)
+    batch = make_batch(agent)._replace(terminals=torch.zeros(2, B))
+    means = torch.stack([agent.target(batch)[0].mean(-1) for _ in range(60)])
+    levels = (means / 99).round()
+    assert [sorted(set(column.tolist())) for column in levels.T] == [[0, 1, 2, 3]] * 2
+    assert (levels[:, 0] != levels[:, 1]).any()  # members draw for themselves
+
+
+# Under a limit ------------------------------------------------------------------------------------
+
+
+def test_without_a_limit_there_is_no_cost_critic():
+    agent = limited.make(type(make("sac")))
+    assert agent.constraint is None and not hasattr(agent, "cost_critic")
+
+
+def test_under_a_limit_the_actor_follows_the_penalised_value(float64):
+    """One update from the equations of agents/costs.py, at a multiplier that is not 0."""
+    cls = type(make("sac"))
+    agent = limited.make(cls, **RATES, cost_limit=2.0, multiplier_lr=0.3)
+    agent.constraint.multipliers.level.fill_(0.5)
+    agent.update(limited.costly(agent, 1))  # c̄ and the critics leave their start
+    batch = limited.costly(agent, 2)
+    rho = agent.constraint.multiplier()
+    agent.constraint.observe(batch.costs)  # as `learn_costs` does, here for the expectation
+    spent = agent.constraint.cost_mean * agent.constraint.steps
+    q = agent.critic(batch.observations, batch.actions).detach()
+    k = q[:, 0].abs().mean(-1) / spent
+    state = agent.random.state_dict()
+    noise = agent.random.normal(B, agent.spec.action_dim)
+    agent.random.load_state_dict(state)
+    loss, _, cost = agent.actor_loss(batch, q)
+    for m in range(len(MEMBERS)):
+        actions, log_prob = agent.actor.squash(*agent.actor(batch.observations), noise)
+        value = agent.critic(batch.observations, actions).amin(1)[m]
+        worst = agent.cost_critic.online(batch.observations, actions).amax(1)[m]
+        penalised = (value - rho[m] * k[m] * worst) / (1 + rho[m])
+        alpha = agent.log_temperature[m].exp()
+        torch.testing.assert_close(loss[m], (alpha * log_prob[m] - penalised).mean())
+        torch.testing.assert_close(cost[m], worst.mean())
+    assert loss.requires_grad and not cost.requires_grad
+
+
+def test_the_limit_reaches_actor_and_multiplier_and_costs_reach_the_cost_critic():
+    cls = type(make("sac"))
+
+    def after(limit: float, scale: float = 1.0):
+        agent = limited.make(cls, cost_limit=limit, multiplier_lr=1.0)
+        for step in range(3):
+            batch = limited.costly(agent, step)
+            agent.update(batch._replace(costs=scale * batch.costs))
+        return agent
+
+    tight, loose, dear = after(0.1), after(1e6), after(0.1, 3.0)
+    assert (tight.constraint.multiplier() > 0).all()
+    assert (loose.constraint.multiplier() == 0).all()
+    assert limited.differing(tight, loose) >= {"actor.mlp"}
+    assert limited.differing(tight, dear) >= {"cost_critic.online", "actor.mlp"}
+
+
+def test_settings_out_of_range_are_one_line():
+    cls = type(make("sac"))
+    for settings, message in (
+        ({"actor_steps": "some"}, "unknown actor_steps 'some'"),
+        ({"actor_value": "max"}, "unknown actor_value"),
+        ({"init": "he"}, "unknown init"),
+        ({"critics": 0}, "critics = 0"),
+    ):
+        with pytest.raises(SaferlError, match=message):
+            cls.make_config(settings)
+    assert np.isinf(cls.make_config({}).exploration_budget)
