@@ -1,6 +1,6 @@
-"""MOORL (Chaudhary et al. 2025, arXiv 2506.09574): SAC whose updates are Reptile's outer iterations.
+"""MOORL (Chaudhary et al. 2025, arXiv 2506.09574): SAC in Reptile's outer iterations.
 
-One update is one outer iteration on K batches from a single source, the dataset with probability p:
+One update is an outer iteration on K batches from a single source, the dataset with probability p:
 
     φ_m, θ_m ← φ, θ                                        what π and Q are before it
     K times:   SAC's steps of Q, Q̄, π and α                agents/sac.py, its losses and targets
@@ -9,9 +9,9 @@ One update is one outer iteration on K batches from a single source, the dataset
 So what acts, is evaluated and is exported are the slow (meta) weights. Under a cost limit the cost
 critic moves with the critics.
 
-The authors have published no code, and only the abstract, Algorithm 1 and reviews of the paper could
-be read for this: docs/agents/moorl.md says which choice rests on what. No score of theirs is claimed
-or known to be reproduced. Every choice has a switch:
+The authors have published no code; the abstract, Algorithm 1 and reviews of the paper could be read
+for this, not its tables. docs/agents/moorl.md says which choice rests on what; no score of theirs
+is claimed. Every choice has a switch:
 
     S1  buffer              sampling, offline_share, share_rule      S8   meta_temperature
     S2  environment steps   utd (0: one per update; 1: K)            S9   actor_steps
@@ -19,7 +19,7 @@ or known to be reproduced. Every choice has a switch:
     S4  who acts            acting                                   S11  critics
     S5  the meta step       meta_step                                S12  offline_steps
     S6  inner optimiser     inner_optimizer                          S13  target_entropy
-    S7  targets             target_follows                           S14  `adapted`
+    S7  targets             target_follows                           S14  `MOORL.adapted`
                                                                      S15  entropy_backup
 """
 
