@@ -70,6 +70,7 @@ class Agent:
     # Prefixes of state keys whose tensors all members share; every other has the member axis first.
     shared: ClassVar[frozenset[str]] = frozenset()
     actor: nn.Module
+    guardian: Any = None  # the calibrated guardian that it learns under, if any
 
     def __init__(
         self,
@@ -172,6 +173,14 @@ class Agent:
     def returns_to_go(self, rewards: np.ndarray) -> np.ndarray:
         """Of an episode's rewards ``[n]`` in the agent's units, where `needs_returns`."""
         raise NotImplementedError
+
+    def predict(self, episodes: int) -> tuple[Tensor, Tensor | None] | None:
+        """Returns and costs ``[M, episodes]`` of `policy` in a model that the agent has learned.
+
+        Undiscounted sums of raw rewards and of costs over whole episodes that begin as the logged
+        ones do; costs are None where the model has none. None for an agent without a model.
+        """
+        return None
 
     # What they share.
 

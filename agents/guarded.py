@@ -27,6 +27,7 @@ from .rollouts import (
     ood_budget,
     options,
     resample,
+    simulate,
 )
 
 OPTIMISERS = ("cpo", "trpo", "ppo_lag")
@@ -302,6 +303,23 @@ class Guarded(CostLimited, Agent):
             loss = -self._log_prob(distribution, actions[rows]).mean(-1)
             self.minimise(optimizer, loss)
         say(f"cloned: negative log-likelihood {float(loss.detach().mean()):.3f}")
+
+    @torch.no_grad()
+    def predict(self, episodes: int) -> tuple[Tensor, Tensor | None] | None:
+        """See `Agent.predict`; T̂ is believed about unsupported steps too."""
+        if self.config.starts != "initial":
+            return None  # where logged episodes begin is not known any more
+        policy, random = self.policy(), MemberRandom(self.seeds, self.device, stream=5)
+
+        def decide(observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+            actions = policy(observations)
+            return actions, actions
+
+        played = simulate(
+            self.models[0], self.world, episodes, self.spec.horizon, random, decide, lambda raw: raw
+        )
+        costs = played.costs.sum((-1, -2)) if self.models[0].costs else None
+        return played.rewards.sum(-1), costs
 
     def pattern(self, update: int) -> Hashable:
         """Which resampled model this update compares with."""

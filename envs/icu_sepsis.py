@@ -30,6 +30,7 @@ from scipy import sparse
 
 from saferl.data import Card, Dataset
 from saferl.errors import SaferlError, unknown
+from saferl.evaluation.exact import TabularTask
 from saferl.safety.tabular import TabularMDP, mixture, sample_episodes
 
 ENVS = {
@@ -385,6 +386,11 @@ class ICUSepsisEnv(gymnasium.Env):
             spaces.Box(-1.0, 1.0, (2,), np.float32) if self._levels else spaces.Discrete(ACTIONS)
         )
         self._state = SURVIVAL
+
+    def tabular(self) -> TabularTask:
+        """The environment as a table, for exact values."""
+        levels = (lambda doses: to_action(np.clip(doses, -1, 1))) if self._levels else None
+        return TabularTask(self._mdp, self._seen, self._cost, levels)
 
     def _info(self) -> dict[str, Any]:
         return {"state": self._state, "admissible": self._tables.admissible[self._state].copy()}

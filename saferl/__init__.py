@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from saferl.evaluation import evaluate
     from saferl.nn import Policy
     from saferl.registry import make_env, register_agent, register_dataset
-    from saferl.training import load_agent, make_agent, merge, resume, split, train
+    from saferl.training import evaluate_run, load_agent, make_agent, merge, resume, split, train
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ _HOMES = {
     "ReplayBuffer": "saferl.data.buffer",
     "SaferlError": "saferl.errors",
     "evaluate": "saferl.evaluation",
+    "evaluate_run": "saferl.training",
     "load_agent": "saferl.training",
     "load_dataset": "saferl.data",
     "make_agent": "saferl.training",
@@ -50,6 +51,7 @@ __all__ = [
     "ReplayBuffer",
     "SaferlError",
     "evaluate",
+    "evaluate_run",
     "load_agent",
     "load_dataset",
     "make_agent",

@@ -101,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--cost-limits", type=float, nargs="+", help="default: the run's")
     p.add_argument("--seed", type=int, default=20_000, help="of the first episode")
     p.add_argument("--step", type=int, help="checkpoint (default: the last)")
+    p.add_argument("--guardian", default="auto", metavar="NAME",
+                   help="counts unsupported steps: auto is the agent's own, else knn on the run's "
+                        "dataset; kde, count …; none")  # fmt: skip
+    p.add_argument("--alpha", type=float, default=0.1,
+                   help="share of supported steps that it may flag")  # fmt: skip
+    p.add_argument("--guard", action="store_true",
+                   help="also play under a guard that replaces unsupported actions")  # fmt: skip
+    p.add_argument("--fallback", type=Path, metavar="RUN",
+                   help="takes over under --guard, which then keeps the limits")  # fmt: skip
     _machine(p)
 
     p = command("inspect", _inspect, "Print a dataset's card, distributions, coverage, problems.")
@@ -173,6 +182,7 @@ def _set_threads(count: int) -> None:
 
 
 def _train(options) -> None:
+    from saferl.evaluation.files import RunFiles
     from saferl.training import resume, train
     from saferl.training.configs import parse_settings
 
@@ -219,59 +229,31 @@ def _train(options) -> None:
             **common,
         )
     if not options.quiet:
-        _print_tables(run.path, run.evaluation, None)
+        if run.evaluation is not None:
+            print(f"\n{RunFiles.read(run.path).text()}")
         print(f"\nrun folder: {run.path}")
         print(f"next: saferl evaluate {run.path} | saferl report {run.path}")
 
 
-def _print_tables(path: Path, evaluation, limits) -> None:
-    from saferl.data import Card
-    from saferl.evaluation.text import group_names
-    from saferl.training.run import RunFolder
-
-    if evaluation is None:
-        return
-    folder = RunFolder(path)
-    config, card = folder.config(), Card.from_dict(folder.card().get("card", {}))
-    limits = config["cost_limits"] if limits is None else limits
-    print()
-    print(
-        evaluation.text(
-            limits if evaluation.costs is not None else (),
-            card.reference_returns,
-            group_names(config["members"]),
-            note=card.score_note,
-        )
-    )
-
-
 def _evaluate(options) -> None:
     _set_threads(options.threads)
-    from saferl.evaluation import Evaluation, evaluate
-    from saferl.training import load_agent
-    from saferl.training.run import RunFolder
+    from saferl.training import evaluate_run
 
-    folder = RunFolder(options.path)
-    config = folder.config()
-    env = options.env or config["env"]
-    if env is None:
-        raise SaferlError("the run names no environment: pass --env ID")
-    agent = load_agent(options.path, options.step, options.device)
-    step = folder.steps()[-1] if options.step is None else options.step
-    result = evaluate(
-        agent.policy(), env, options.episodes, seed=options.seed, step=step, progress=True
+    found = evaluate_run(
+        options.path,
+        env=options.env,
+        episodes=options.episodes,
+        cost_limits=options.cost_limits,
+        seed=options.seed,
+        step=options.step,
+        guardian=options.guardian,
+        alpha=options.alpha,
+        guard=options.guard,
+        fallback=options.fallback,
+        device=options.device,
     )
-    limits = options.cost_limits
-    if limits and result.costs is None:
-        result.table(limits)  # raises what is missing
-    _print_tables(options.path, result, limits)
-    file = options.path / "evaluation.csv"
-    if file.exists():
-        earlier = Evaluation.read(file).until(step - 1)
-        if len(earlier):
-            result = Evaluation.concatenate([earlier, result])
-    result.write(file)
-    print(f"\nwrote {file}")
+    print(f"\n{found.text()}\n\nwrote {options.path / 'evaluation.csv'}")
+    print(f"next: saferl report {options.path}")
 
 
 def _inspect(options) -> None:

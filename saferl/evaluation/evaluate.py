@@ -233,7 +233,7 @@ class Evaluation:
         for name, part in last.split(named).items():
             if not len(part):
                 continue
-            own = [] if self.costs is None else _own_limit(name)
+            own = [] if self.costs is None else own_limit(name)
             picked = [(None, part)]
             picked += [(int(m), part._pick(part.members == m)) for m in np.unique(part.members)]
             for member, rows_of in picked:
@@ -314,7 +314,7 @@ NO_COST = (
 )
 
 
-def _own_limit(group: str) -> list[float]:
-    """The cost limit in a group's name, ``"alpha=1 cost_limit=20"``."""
+def own_limit(group: str) -> list[float]:
+    """The cost limit in the name of a member or group, ``"alpha=1 cost_limit=20"``, in a list."""
     found = re.search(r"\bcost_limit=(\S+)", group)
     return [float(found[1])] if found and math.isfinite(float(found[1])) else []

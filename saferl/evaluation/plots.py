@@ -1,4 +1,4 @@
-"""Figures: learning curves, return against cost, training metrics.
+"""Figures: learning curves, return against cost, the frontier, training metrics.
 
 Each function returns a matplotlib ``Figure`` (no pyplot, no global state, no display needed);
 `png` renders it. ``series`` is an `Evaluation`, or a dict of them by name: one colour each.
@@ -7,6 +7,7 @@ Each function returns a matplotlib ``Figure`` (no pyplot, no global state, no di
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from saferl.evaluation.text import number
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LIMIT_COLOUR = "#B00020"
 MOST_METRICS = 24
+LIMIT_NAME = re.compile(r"(cost_limit=|limit )\S+")
+"""In the name of a group: what tells it from others that keep other limits."""
 
 Series = Evaluation | Mapping[str, Evaluation]
 
@@ -135,6 +138,64 @@ def return_against_cost(series: Series, limits: Sequence[float] = ()) -> Any:
             label=name or "mean of a member",
             zorder=3,
         )
+    _limit_lines(axis, limits)
+    axis.set_xlabel("cost per episode", fontsize=9)
+    axis.set_ylabel("return per episode", fontsize=9)
+    if named:
+        # Outside, because a marker of the legend inside would look like a point.
+        figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def frontier(
+    rows: Sequence[Mapping[str, Any]],
+    limits: Sequence[float] = (),
+    best: Sequence[Sequence[float]] = (),
+) -> Any:
+    """Return and cost of each group of members, and the best possible return at each cost.
+
+    ``rows``: those of `Evaluation.table` for whole groups. Mean cost and mean return with the 95 %
+    interval of the cost; a line joins groups that differ by their cost limit alone; a diamond
+    marks exact values. ``best``: ``[cost, return]`` of the exact frontier, in order of cost.
+    """
+    figure, axes = _figure(6.8, 4.6, 1, 1)
+    axis = axes[0][0]
+    if best:
+        axis.plot(*np.transpose(best), color="black", linewidth=1.4, label="best possible (exact)")
+    points = {row["group"]: row for row in rows}  # the same for each limit it is judged by
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for group, row in points.items():
+        families.setdefault(LIMIT_NAME.sub("", group).strip(" ,") or "policies", []).append(row)
+    exact = False
+    for i, (name, family) in enumerate(families.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        family.sort(key=lambda row: row["cost_mean"])
+        cost, value, low, high = (
+            np.array([row[key] for row in family], float)
+            for key in ("cost_mean", "return_mean", "cost_low", "cost_high")
+        )
+        error = np.nan_to_num([cost - low, high - cost]).clip(0)
+        axis.errorbar(
+            cost, value, xerr=error, fmt="o-", color=colour, markersize=7, linewidth=1,
+            capsize=3, markeredgecolor="white", label=name, zorder=3,
+        )  # fmt: skip
+        known = [row for row in family if row.get("exact_cost") is not None]
+        if known:
+            axis.plot(
+                [row["exact_cost"] for row in known],
+                [row["exact_return"] for row in known],
+                "D", markersize=7, markerfacecolor="none", markeredgecolor=colour,
+                label=None if exact else "exact value of a policy", zorder=4,
+            )  # fmt: skip
+            exact = True
+    _limit_lines(axis, limits)
+    axis.set_xlabel("cost per episode", fontsize=9)
+    axis.set_ylabel("return per episode", fontsize=9)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def _limit_lines(axis: Any, limits: Sequence[float]) -> None:
     for limit in limits:
         axis.axvline(limit, color=LIMIT_COLOUR, linestyle="--", linewidth=1.2)
         axis.annotate(
@@ -148,12 +209,6 @@ def return_against_cost(series: Series, limits: Sequence[float] = ()) -> Any:
             fontsize=8,
             color=LIMIT_COLOUR,
         )
-    axis.set_xlabel("cost per episode", fontsize=9)
-    axis.set_ylabel("return per episode", fontsize=9)
-    if named:
-        # Outside, because a marker of the legend inside would look like a point.
-        figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-    return figure
 
 
 def training_metrics(metrics: Mapping[str, np.ndarray]) -> Any | None:

@@ -1,30 +1,26 @@
 """One HTML file for one or more runs: nothing in it is loaded from elsewhere, no scripts.
 
-It is made from the files of the run folders only (config.yaml, dataset.json, metrics.csv,
-evaluation.csv), so it can be written at any time, also while a run goes on.
+It is made from the files of the run folders only (`saferl.evaluation.files`), so it can be written
+at any time, also while a run goes on.
 """
 
 from __future__ import annotations
 
 import base64
-import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from saferl.data import Card
 from saferl.errors import SaferlError
 from saferl.evaluation import plots
 from saferl.evaluation.evaluate import NO_COST, Evaluation
-from saferl.evaluation.text import cells, explanation, group_names, number
+from saferl.evaluation.files import RunFiles
+from saferl.evaluation.text import cells, explanation, number
 from saferl.io import write_text
-from saferl.safety.limits import check_limit
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 72rem; margin: 2rem auto;
@@ -41,119 +37,6 @@ td.long { white-space: normal; overflow-wrap: anywhere; }
 .note { color: #555; font-size: 0.88rem; } .missing { background: #f3f3f3; padding: 0.5rem 0.8rem; }
 img { max-width: 100%; height: auto; } code { font-size: 0.85rem; overflow-wrap: anywhere; }
 """
-
-
-@dataclass
-class Run:
-    """What a run folder holds; ``evaluation`` and ``metrics`` are None where there is none yet."""
-
-    name: str
-    config: dict[str, Any]
-    card: Card | None
-    fingerprint: str | None
-    evaluation: Evaluation | None
-    metrics: dict[str, np.ndarray] | None
-    limits: list[float]
-
-    @classmethod
-    def read(cls, path: str | Path, limits: Sequence[float] | None = None) -> Run:
-        """Read a folder; ``limits`` replace those of its configuration."""
-        path = Path(path)
-        config = _config(path)
-        card, fingerprint = _card(path / "dataset.json")
-        evaluated, logged = path / "evaluation.csv", path / "metrics.csv"
-        evaluation = Evaluation.read(evaluated) if evaluated.is_file() else None
-        asked = config.get("cost_limits") if limits is None else limits
-        asked = asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]
-        return cls(
-            path.resolve().name,
-            config,
-            card,
-            fingerprint,
-            evaluation,
-            read_metrics(logged) if logged.is_file() else None,
-            list(dict.fromkeys(check_limit(limit) for limit in asked)),
-        )
-
-    @property
-    def reference_returns(self) -> tuple[float, float] | None:
-        return self.card.reference_returns if self.card else None
-
-    @property
-    def groups(self) -> list[str] | None:
-        """A name per member where a hyper-parameter differs between them, else None."""
-        names = [str(name) for name in self.config.get("members") or ()]
-        if self.evaluation is None or len(names) <= self.evaluation.members.max():
-            return None
-        return group_names(names)
-
-    @property
-    def note(self) -> str:
-        """Where data and reference returns come from: printed under every table with scores."""
-        parts = []
-        if self.reference_returns:
-            worst, best = map(number, self.reference_returns)
-            parts.append(f"score 0: return {worst}, score 100: return {best}")
-        if self.card and self.card.score_note:
-            parts.append(self.card.score_note)
-        return "; ".join(parts)
-
-    def split(self) -> dict[str, Evaluation]:
-        assert self.evaluation is not None
-        return self.evaluation.split(self.groups) if self.groups else {"": self.evaluation}
-
-    @cached_property
-    def table(self) -> list[dict[str, Any]]:
-        assert self.evaluation is not None
-        limits = self.limits if self.evaluation.costs is not None else ()
-        return self.evaluation.table(limits, self.reference_returns, self.groups)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    import yaml
-
-    file = path / "config.yaml"
-    if not file.is_file():
-        raise SaferlError(f"{path} is not a run folder: it has no config.yaml")
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SaferlError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise SaferlError(f"{file} holds no configuration")
-    return config
-
-
-def _card(file: Path) -> tuple[Card | None, str | None]:
-    if not file.is_file():
-        return None, None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not values:  # trained online
-            return None, None
-        return Card.from_dict(values["card"]), values.get("fingerprint")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SaferlError(f"{file} is not a dataset card: {error}") from error
-
-
-def read_metrics(path: str | Path) -> dict[str, np.ndarray]:
-    """Columns of metrics.csv as float arrays; a cell without a number is NaN.
-
-    Rows cut off by a crash (fewer cells than the heading) count as far as they go.
-    """
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows, names = list(reader), reader.fieldnames or []
-    if not {"step", "member"} <= set(names):
-        raise SaferlError(f"{path} is not a metrics file: it has no columns step and member")
-    return {name: np.array([_float(row[name]) for row in rows]) for name in names}
-
-
-def _float(cell: str | None) -> float:
-    try:
-        return float(cell or "nan")
-    except ValueError:
-        return float("nan")
 
 
 def write_report(
@@ -174,7 +57,7 @@ def write_report(
         raise SaferlError("a report needs one run folder or more")
     if output is None and len(folders) > 1:
         raise SaferlError("name the file that the report of several runs goes to")
-    runs = [Run.read(folder, limits) for folder in folders]
+    runs = [RunFiles.read(folder, limits) for folder in folders]
     for i, run in enumerate(runs):
         if [r.name for r in runs].count(run.name) > 1:
             run.name = f"{run.name} ({i + 1})"
@@ -197,7 +80,7 @@ def write_report(
     return path
 
 
-def _comparison(runs: Sequence[Run]) -> list[str]:
+def _comparison(runs: Sequence[RunFiles]) -> list[str]:
     evaluated = [run for run in runs if run.evaluation is not None]
     parts = ["<h2>All runs</h2>"]
     if not evaluated:
@@ -216,13 +99,17 @@ def _comparison(runs: Sequence[Run]) -> list[str]:
     }
     limits = list(dict.fromkeys(limit for run in evaluated for limit in run.limits))
     if any(run.evaluation.costs is not None for run in evaluated):
+        best = next((run.frontier for run in evaluated if run.frontier), [])
+        same = len({str(run.config.get("env")) for run in evaluated}) == 1
+        parts += _frontier([row for row in rows if row["cost_mean"] is not None], limits,
+                           best if same else [])  # fmt: skip
         figure = plots.return_against_cost(series, limits)
         parts += ["<h3>Return against cost</h3>", _image(figure, "Return against cost")]
     figure = plots.learning_curves(series, limits)
     return [*parts, "<h3>Learning curves</h3>", _image(figure, "Learning curves")]
 
 
-def _section(run: Run) -> list[str]:
+def _section(run: RunFiles) -> list[str]:
     agent, task = run.config.get("agent"), run.config.get("dataset") or run.config.get("env")
     heading = " on ".join(str(part) for part in (agent, task) if part) or "run"
     parts = [f"<h2>{escape(run.name)}: {escape(heading)}</h2>", "<h3>Result</h3>"]
@@ -255,7 +142,7 @@ def _section(run: Run) -> list[str]:
     return parts
 
 
-def _result(run: Run, evaluation: Evaluation) -> list[str]:
+def _result(run: RunFiles, evaluation: Evaluation) -> list[str]:
     last, parts = evaluation.at(), []
     env = run.config.get("env") or (run.card and run.card.env_id) or "its environment"
     parts.append(
@@ -272,7 +159,10 @@ def _result(run: Run, evaluation: Evaluation) -> list[str]:
         parts += ["<details><summary>Each member</summary>"]
         parts += [_rows_table([row for row in rows if row["member"] is not None]), note]
         parts.append("</details>")
+    if run.known and run.known.guardian:
+        parts.append(_note(f"OOD rate by guardian: {run.known.guardian}."))
     if evaluation.costs is not None:
+        parts += _frontier(together, run.limits, run.frontier)
         parts += _units(run, together)
     if len(np.unique(evaluation.steps)) > 1:
         figure = plots.learning_curves(run.split(), run.limits)
@@ -287,7 +177,17 @@ def _result(run: Run, evaluation: Evaluation) -> list[str]:
     return parts
 
 
-def _units(run: Run, together: Sequence[dict[str, Any]]) -> list[str]:
+def _frontier(
+    rows: Sequence[dict[str, Any]], limits: Sequence[float], best: Sequence[Sequence[float]]
+) -> list[str]:
+    text = "Means of each group; the bars are 95 % intervals of the cost."
+    if best:
+        text += " Black: the best return of any policy at that cost, from the environment's table."
+    figure = plots.frontier(rows, limits, best)
+    return ["<h3>Return-cost frontier</h3>", _image(figure, "Return-cost frontier"), _note(text)]
+
+
+def _units(run: RunFiles, together: Sequence[dict[str, Any]]) -> list[str]:
     """Limit and cost per episode beside their equivalents per step."""
     horizon, lines = run.card.horizon if run.card else None, []
     for row in together:
@@ -304,14 +204,14 @@ def _units(run: Run, together: Sequence[dict[str, Any]]) -> list[str]:
     return ["<h3>Per episode and per step</h3>", _table(heads, lines), _note(note)]
 
 
-def _method(runs: Sequence[Run]) -> list[str]:
+def _method(runs: Sequence[RunFiles]) -> list[str]:
     rows = [row for run in runs if run.evaluation is not None for row in run.table]
     if not rows:
         return []
     lines = [
         *explanation(rows),
-        "Cost/limit: mean cost divided by the limit. Episodes over: share of episodes whose own "
-        "cost exceeds the limit. Members within: members whose own mean cost does not.",
+        "Cost/limit: mean cost divided by the limit. Episodes within: share of episodes whose own "
+        "cost does not exceed the limit. Members within: members whose own mean cost does not.",
         "All members are evaluated by their deterministic policy from the same initial states; "
         "the last training step counts, none is picked for its result.",
     ]

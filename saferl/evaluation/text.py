@@ -60,14 +60,13 @@ MEASURED = NAMES | {
     "return (IQM)": lambda r: interval(r["return_iqm"], r["return_low"], r["return_high"]),
     "score": lambda r: None if r["score"] is None else f"{r['score']:.1f}",
     "OOD rate": lambda r: _percent(r["ood_rate"]),
-    "steps replaced": lambda r: _percent(r["replaced_rate"]),
+    "interventions": lambda r: _percent(r["replaced_rate"]),
     "episodes": lambda r: str(r["episodes"]) if r["limit"] is None else None,
 }
 KNOWN = NAMES | {
-    "measured return": lambda r: number(r["return_mean"]) if _has(r, "return") else None,
-    "predicted − measured": lambda r: _gap(r, "return"),
+    "mean return": lambda r: number(r["return_mean"]) if _has(r, "return") else None,
+    "predicted − measured return": lambda r: _gap(r, "return"),
     "exact return": lambda r: number(r.get("exact_return")),
-    "measured cost": lambda r: number(r["cost_mean"]) if _has(r, "cost") else None,
     "predicted − measured cost": lambda r: _gap(r, "cost"),
     "exact cost": lambda r: number(r.get("exact_cost")),
     "exact OOD rate": lambda r: _percent(r.get("exact_ood_rate")),
@@ -184,7 +183,7 @@ def explanation(rows: Sequence[dict[str, Any]]) -> list[str]:
             "unsupported by the data."
         )
     if any(row["replaced_rate"] is not None for row in rows):
-        lines.append("Steps replaced: share of steps at which the guard took another action.")
+        lines.append("Interventions: share of steps at which the guard took another action.")
     if any(row.get("predicted_return") is not None for row in rows):
         lines.append(
             "Predicted − measured: of whole episodes of the same policy in the agent's own model, "

@@ -10,8 +10,8 @@ import yaml
 from saferl.data import Card
 from saferl.errors import SaferlError
 from saferl.evaluation import Episodes, Evaluation, evaluate, plots, write_report
-from saferl.evaluation.report import read_metrics
-from saferl.evaluation.text import columns, group_names, interval, number
+from saferl.evaluation.files import read_metrics
+from saferl.evaluation.text import cells, columns, group_names, interval, number
 from saferl.safety.limits import check_limit
 
 
@@ -130,6 +130,36 @@ def test_rows_survive_a_file_and_the_last_step_counts(tmp_path):
         whole.write(tmp_path / "absent" / "evaluation.csv")
 
 
+def test_counted_steps_survive_a_file_and_those_not_counted_are_unknown(tmp_path):
+    counts = {"ood": np.array([[1, 0, 2, 3], [0, 0, 0, 4]]), "replaced": np.full((2, 4), 2)}
+    lengths = np.full((2, 4), 10)
+    played = Episodes(np.array(RETURNS, float), np.array(COSTS, float), lengths, "F", 0, **counts)
+    last = Evaluation.from_episodes(played, 9)
+    whole = Evaluation.concatenate([made(RETURNS, COSTS, 3), last])
+    whole.write(tmp_path / "e.csv")
+    header, first, *_, final = (tmp_path / "e.csv").read_text().splitlines()
+    assert header.endswith(",length,ood,replaced")
+    assert first.endswith(",10,,") and final.endswith(",10,4,2")
+    read = Evaluation.read(tmp_path / "e.csv")
+    assert np.isnan(read.at(3).ood).all() and read.matrix("ood").tolist() == counts["ood"].tolist()
+    both, one, _ = read.table([2.5])
+    assert (both["ood_rate"], one["ood_rate"], both["replaced_rate"]) == (0.125, 0.15, 0.2)
+    assert read.at(3).table([2.5])[0]["ood_rate"] is None
+    text = read.text([2.5])
+    assert "12.5 %" in text and "20.0 %" in text and "guardian calls unsupported" in text
+
+
+def test_values_known_from_elsewhere_are_means_over_members():
+    beside = {"predicted_return": [5.0, 7.0], "predicted_cost": [1.0, 1.0], "exact_return": [3, 4]}
+    rows = made(RETURNS, COSTS).table([2.5], beside=beside)
+    assert [row["predicted_return"] for row in rows] == [6, 5, 7]
+    assert [row["exact_return"] for row in rows] == [3.5, 3, 4]
+    heads, lines = cells(rows)
+    found = dict(zip(heads, lines[0]))
+    assert found["predicted − measured return"] == "+2.5" and found["exact return"] == "3.5"
+    assert found["predicted − measured cost"] == "−1.5" and "exact cost" not in found
+
+
 def test_steps_without_costs_join_those_with_costs():
     both = Evaluation.concatenate([made(RETURNS, None, 0), made(RETURNS, COSTS, 1)])
     assert both.at(0).matrix("costs").tolist() == [[0] * 4] * 2
@@ -232,7 +262,7 @@ def test_the_report_is_one_file_that_says_everything(tmp_path):
     page = path.read_text(encoding="utf-8")
     assert "http" not in page and "run<1>" not in page and "url(" not in page
     checked = Checked(page)
-    assert len(checked.images) == 3
+    assert len(checked.images) == 4
     assert all(i["src"].startswith("data:image/png;base64,iVBOR") for i in checked.images)
     for phrase in (
         "run<1>: bc on made/up-v0",
@@ -266,7 +296,7 @@ def test_limits_may_be_given_and_several_runs_compared(tmp_path):
         assert phrase in checked.text, phrase
     assert "2.50 [0.00, " in checked.text and " met " in checked.text
     assert "without a dataset" in checked.text and "nothing has been logged" in checked.text
-    assert len(checked.images) == 2 + 3 + 3
+    assert len(checked.images) == 3 + 4 + 4
     with pytest.raises(SaferlError, match="name the file"):
         write_report([first, second])
 
@@ -327,3 +357,22 @@ def test_plots_draw_what_they_say():
     assert means.get_offsets().tolist() == [[1.5, 22.5], [3.5, 24.5]]
     assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [2.5, 4]
     assert plots.png(figure).startswith(b"\x89PNG")
+
+
+def test_the_frontier_joins_policies_that_differ_by_their_limit():
+    rows = [
+        {"group": "", "cost_mean": 3.0, "cost_low": 2.5, "cost_high": 4.0, "return_mean": 9.0}
+        | {"group": group, "cost_mean": cost, "return_mean": 2 * cost, "exact_cost": exact,
+           "exact_return": 1.0}
+        for group, cost, exact in (
+            ("cost_limit=10", 3.0, None), ("cost_limit=5", 2.0, 1.5), ("guarded, limit 5", 1.0, 2),
+        )
+    ]  # fmt: skip
+    figure = plots.frontier([*rows, rows[0]], [5, 10], [[0, 1], [4, 6]])
+    axis = figure.axes[0]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert drawn["best possible (exact)"] == [[0, 1], [4, 6]]
+    assert drawn["exact value of a policy"] == [[1.5, 1]]
+    points = {c.get_label(): c.lines[0].get_xydata().tolist() for c in axis.containers}
+    assert points == {"policies": [[2, 4], [3, 6]], "guarded": [[1, 2]]}
+    assert plots.png(plots.frontier(rows[:1])).startswith(b"\x89PNG")

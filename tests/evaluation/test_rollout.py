@@ -71,6 +71,21 @@ def test_every_member_plays_the_same_episodes_with_its_own_actions():
     np.testing.assert_allclose(played.returns, np.outer([0.5, -1, 1], lengths))
 
 
+def test_unsupported_steps_are_counted_for_each_episode():
+    class Guardian:
+        """Calls positive actions on odd steps unsupported."""
+
+        def is_ood(self, observations, actions):
+            assert observations.shape[1:] == (2,) and actions.shape[1:] == (1,)
+            return (observations[:, 1] % 2 == 1) & (actions[:, 0] > 0)
+
+    policy = Constant(0.5, -1.0)
+    played = rollout(policy, Count, episodes=7, seed=3, guardian=Guardian())
+    lengths = np.array(lengths_of(range(3, 10)))  # steps 0 … length - 1, of which half are odd
+    np.testing.assert_array_equal(played.ood, [lengths // 2, 0 * lengths])
+    assert played.replaced is None and rollout(policy, Count, episodes=2).ood is None
+
+
 def test_actions_may_depend_on_member_and_observation():
     class Start(torch.nn.Module):
         members = 2
