@@ -19,18 +19,19 @@ from saferl.errors import SaferlError
 from saferl.evaluation import plots
 from saferl.evaluation.evaluate import NO_COST, Evaluation
 from saferl.evaluation.files import RunFiles
-from saferl.evaluation.text import cells, explanation, number
+from saferl.evaluation.text import explanation, number, parts
 from saferl.io import write_text
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 72rem; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 76rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
 h3 { margin-top: 1.6rem; font-size: 1.05rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: 0.8rem 0; }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #e5e5e5; text-align: left;
   vertical-align: top; white-space: nowrap; }
+tr:first-child th { white-space: normal; vertical-align: bottom; }
 td.long { white-space: normal; overflow-wrap: anywhere; }
 .met { background: #d9f2e3; } .not-met { background: #fbdcdc; }
 .cannot-tell { background: #fdf0cf; }
@@ -220,8 +221,11 @@ def _method(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def _rows_table(rows: Sequence[dict[str, Any]], group: str = "group") -> str:
-    heads, lines = cells(rows)
-    return _table([group if head == "group" else head for head in heads], lines)
+    """What the episodes say of each limit; under it what else is known of the same policies."""
+    return "\n".join(
+        _table([group if head == "group" else head for head in heads], lines)
+        for heads, lines in parts(rows)
+    )
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -27,22 +27,21 @@ def tables(rows: Sequence[dict[str, Any]], note: str | None = None) -> str:
     """
     together = [row for row in rows if row["member"] is None]
     alone = [row for row in rows if row["member"] is not None]
-    note_lines = [f"  {note}"] if note else []
-    parts = [*_pair(together, note_lines)]
+    blocks = [columns(*part) for part in parts(together)]
+    blocks[0] += f"\n  {note}" if note else ""
     if len(alone) > len(together):
-        parts += ["", "Each member (intervals over its episodes only)", *_pair(alone, note_lines)]
+        first, *others = [columns(*part) for part in parts(alone)]
+        first = f"Each member (intervals over its episodes only)\n{first}"
+        blocks += [first + (f"\n  {note}" if note else ""), *others]
     lines = (textwrap.fill(line, 100, subsequent_indent="  ") for line in explanation(rows))
-    return "\n".join([*parts, "", *lines])
+    return "\n\n".join([*blocks, "\n".join(lines)])
 
 
-def _pair(rows: Sequence[dict[str, Any]], note: list[str]) -> list[str]:
-    """What the episodes say of each limit; under it what else is known, once for each policy."""
-    parts = [columns(*cells(rows, MEASURED)), *note]
-    first = {(row["group"], row["member"]): row for row in reversed(rows)}
-    heads, lines = cells(list(first.values())[::-1], KNOWN)
-    if set(heads) - {"group", "member"}:
-        parts += ["", columns(heads, lines)]
-    return parts
+def parts(rows: Sequence[dict[str, Any]]) -> list[tuple[list[str], list[list[str]]]]:
+    """`cells` of what the episodes say of each limit, and of what else is known of each policy."""
+    once = {(row["group"], row["member"]): row for row in rows}
+    known = cells(list(once.values()), KNOWN)
+    return [cells(rows, MEASURED), *([known] if set(known[0]) - {"group", "member"} else [])]
 
 
 NAMES: dict[str, Callable[[dict[str, Any]], str | None]] = {
