@@ -46,9 +46,7 @@ class _Cloning(Agent):
     @classmethod
     def prepare(cls, dataset: Any, config: AgentConfig) -> Any:
         """The best ``config.best_fraction`` of the dataset's complete episodes (at least one)."""
-        fraction = config.best_fraction
-        if not 0 < fraction <= 1:
-            raise SaferlError(f"best_fraction = {fraction} is not in (0, 1]: 0.1 keeps a tenth")
+        fraction = check_fraction(config.best_fraction)
         if fraction == 1:
             return dataset
         returns = np.asarray(dataset.episode_returns())
@@ -83,3 +81,14 @@ class DiscreteBC(_Cloning):
         self.minimise(self.actor_optimizer, loss)
         agree = (log_prob.detach().argmax(-1) == batch.actions).float().mean(-1)
         return {"actor_loss": loss.detach(), "agreement": agree}
+
+
+def check_fraction(fraction: float) -> float:
+    """A share of episodes.
+
+    Raises:
+        SaferlError: it is not above 0 and at most 1.
+    """
+    if not 0 < fraction <= 1:
+        raise SaferlError(f"best_fraction = {fraction} is not in (0, 1]: 0.1 keeps a tenth")
+    return fraction

@@ -1,9 +1,10 @@
 """BC-Safe: behaviour cloning of the logged episodes that keep the cost limit.
 
-With C_i the undiscounted cost of the whole episode that row i is from, L the member's limit and
-π(s) = tanh f(s):
+With C_i and R_i the undiscounted cost and return of the whole episode that row i is from, L the
+member's limit, R_L what the best ``best_fraction`` of the episodes that keep L return at least
+(-∞ at 1, the default) and π(s) = tanh f(s):
 
-    w_i = 1[C_i ≤ L]
+    w_i = 1[C_i ≤ L] 1[R_i ≥ R_L]
     L_π = Σ_i w_i mean_j (π(s_i)_j - a_ij)² / max(Σ_i w_i, 1)            over rows, components j
 
 A comparator of the DSRL benchmark (Liu et al. 2023, arXiv 2306.09303): a deterministic tanh
@@ -12,23 +13,30 @@ its own limit does not let pass. Given how many rows of a batch pass, they are a
 the filtered data, so the gradient is that of cloning those alone with smaller batches; and a member
 does not depend on the limits of those beside it, as it would if the buffer were filtered.
 
-Deviations: none known. DSRL's other filters (risky, boundary, frontier, multi-task) are not here.
+Deviations: none known at ``best_fraction`` 1. Below it is %BC (Chen et al. 2021, arXiv 2106.01345)
+among the episodes that keep the limit, which is ours: among those are failed ones that cost nothing
+because they achieve nothing. DSRL's other filters (risky, boundary, frontier, multi-task) are not
+here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import nn
 
 from saferl.data.buffer import Batch
 from saferl.errors import SaferlError
+from saferl.rng import MemberRandom
 from saferl.safety.limits import check_limit, no_costs
 
 from .base import AgentConfig, Metrics, per_member
-from .bc import BC
+from .bc import BC, check_fraction
 from .costs import costs_of
 
 
@@ -39,22 +47,25 @@ class BCSafeConfig(AgentConfig):
     batch_size: int = 512
     lr: float = 1e-3
     cost_limit: float = 10.0  # largest undiscounted cost of an episode that is cloned; inf: all
+    best_fraction: float = 1.0  # share of those episodes that is cloned, highest return first
 
 
 class BCSafe(BC):
     Config = BCSafeConfig
-    variants = frozenset({"cost_limit"})
+    variants = frozenset({"cost_limit", "best_fraction"})
     needs_costs: ClassVar[bool] = True
 
     @classmethod
     def prepare(cls, dataset: Any, config: BCSafeConfig) -> Any:
-        """The complete episodes; the cost of a row becomes that of its whole episode.
+        """The complete episodes; cost and reward of a row become those of its whole episode.
 
         A trailing fragment without an end has no cost to compare and is left out.
 
         Raises:
-            SaferlError: no costs, a bad limit, or one that no episode keeps.
+            SaferlError: no costs, a bad limit or fraction, or a limit that no episode keeps.
         """
+        for fraction in per_member(config, "best_fraction"):
+            check_fraction(fraction)
         if dataset.costs is None:
             raise SaferlError(no_costs(dataset.card.id))
         limits = _limits(config)
@@ -69,21 +80,41 @@ class BCSafe(BC):
                 f"no episode of {dataset.card.id} costs {min(limits):g} or less: the lowest cost "
                 f"of one is {costs.min():g}, so pass a cost_limit of at least that"
             )
-        rows = np.repeat(costs, dataset.episode_lengths())
-        return dataset.subset(episodes=len(costs)).with_costs(rows)
+        lengths = dataset.episode_lengths()
+        rows = dataset.subset(episodes=len(costs)).with_costs(np.repeat(costs, lengths))
+        returns = dataset.episode_returns().astype(np.float32)
+        return rows.with_rewards(np.repeat(returns, lengths))
+
+    def build(self, init: MemberRandom) -> None:
+        super().build(init)
+        # R_L, a parameter so that it goes with its member when members are taken apart.
+        least = torch.full((self.members,), torch.finfo().min, device=self.device)
+        self.least_return = nn.Parameter(least, requires_grad=False)
 
     def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
-        """Say how much of the data each limit lets pass."""
+        """Find R_L of each member, and say how much of the data it lets pass."""
         first = dataset.episodes[:, 0]
-        for limit in dict.fromkeys(_limits(self.config)):
+        rewards = self.spec.rewards(dataset.rewards)
+        told = set()
+        for member, limit in enumerate(self.column("cost_limit")):
+            fraction = self.column("best_fraction")[member]
             within = dataset.costs <= np.float32(limit)
-            say(
-                f"cost limit {limit:g}: clones {within[first].sum()} of {len(first)} episodes, "
-                f"{within.mean():.0%} of the rows"
-            )
+            if fraction < 1:
+                returns = np.sort(rewards[first][within[first]])[::-1]
+                least = returns[max(1, math.floor(fraction * len(returns))) - 1]
+                self.least_return[member] = float(least)
+                within &= rewards >= least
+            if (limit, fraction) not in told:
+                told.add((limit, fraction))
+                best = "" if fraction == 1 else f", best {fraction:.0%}"
+                say(
+                    f"cost limit {limit:g}{best}: clones {within[first].sum()} of {len(first)} "
+                    f"episodes, {within.mean():.0%} of the rows"
+                )
 
     def learn(self, batch: Batch) -> Metrics:
-        within = (costs_of(batch) <= self.scalar("cost_limit")).to(batch.actions)
+        within = costs_of(batch) <= self.scalar("cost_limit")
+        within = (within & (batch.rewards >= self.least_return[:, None])).to(batch.actions)
         error = (self.actor(batch.observations) - batch.actions).square().mean(-1)
         loss = (within * error).sum(-1) / within.sum(-1).clamp_min(1)
         self.minimise(self.actor_optimizer, loss)

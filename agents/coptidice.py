@@ -56,6 +56,9 @@ from .limited import Limited, LimitedConfig
 STEEP = 5.0  # slope of ν and χ from which the penalty counts
 
 
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
 @dataclass(frozen=True)
 class COptiDICEConfig(LimitedConfig):
     """Defaults: the authors'; layer sizes and the scale of rewards are OSRL's."""
@@ -160,8 +163,8 @@ class COptiDICE(Limited, Agent):
             "chi_loss": chi_loss.detach(),
             "actor_loss": actor_loss.detach(),
             "weight": w.mean(-1),
-            # Rows that count: 1 if all weigh the same, 1 / B if a single one does.
-            "effective_share": w.mean(-1).square() / w.square().mean(-1),
+            # Rows that count: 1 if all weigh the same, 1 / B if a single one does, 0 if none.
+            "effective_share": w.mean(-1).square() / w.square().mean(-1).clamp_min(SMALLEST),
             "multiplier": price.detach(),
             "temperature": tau.detach(),
             "lean": lean,

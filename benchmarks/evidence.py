@@ -13,17 +13,12 @@ compared and at which scale. None of the data are D4RL's.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import csv
 import functools
 import hashlib
-import json
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -31,6 +26,7 @@ from typing import Any
 import common
 import evidence_report
 import numpy as np
+from book import Book, last_metrics, narrowed, results
 from scores import EVALUATION_SEED, SHARED_DATA, SharedPolicy, facts_of, rolled_out_card
 from scores_report import NOT_D4RL
 
@@ -74,7 +70,6 @@ SCALES = {  # by --full
            "device": "auto"},
 }  # fmt: skip
 CURVE_POINTS, CURVE_EPISODES = 10, 5
-NETWORKS = ("hidden", "critic_hidden", "value_hidden", "vae_hidden")
 
 
 # Data ----------------------------------------------------------------------------------------
@@ -168,16 +163,8 @@ def published_values(agent: str, dataset: str) -> dict[str, Any]:
 
 def settings_of(agent: str, dataset: str, options: argparse.Namespace) -> dict[str, Any]:
     """Published values, then the scale: widths, batch, CQL's N, and IQL's decay to the end."""
-    import dataclasses
-
-    from saferl.registry import agent_class
-
     settings = published_values(agent, dataset) | {"batch_size": options.batch_size}
-    if options.hidden:
-        for field in dataclasses.fields(agent_class(agent).Config):
-            if field.name in NETWORKS:  # the depth stays; the VAE is wider, as published
-                width = options.hidden * (2 if field.name == "vae_hidden" else 1)
-                settings[field.name] = [width] * len(field.default)
+    settings |= narrowed(agent, options.hidden)
     if agent == "cql":
         settings["samples"] = options.cql_samples
     if agent == "iql":
@@ -239,55 +226,7 @@ def train_one(
     }
 
 
-def last_metrics(path: Path) -> dict[str, list[float]]:
-    """Each metric of a run over its last tenth of readings, mean per member."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    steps = sorted({int(row["step"]) for row in rows})
-    late = set(steps[-max(1, len(steps) // 10) :])
-    members = 1 + max(int(row["member"]) for row in rows)
-    found: dict[str, list[float]] = {}
-    for name in rows[0]:
-        if name in ("step", "member"):
-            continue
-        values: list[list[float]] = [[] for _ in range(members)]
-        for row in rows:
-            if int(row["step"]) in late and row[name]:
-                values[int(row["member"])].append(float(row[name]))
-        if all(values):
-            found[name] = [float(f"{np.mean(value):.6g}") for value in values]
-    return found
-
-
 # The schedule --------------------------------------------------------------------------------
-
-
-class Book:
-    """results/evidence.json: facts of the datasets, and an entry per finished training."""
-
-    def __init__(self, path: Path, fresh: bool = False):
-        self.path = path
-        self.content: dict[str, Any] = {"datasets": {}, "runs": []}
-        if path.exists() and not fresh:
-            self.content = json.loads(path.read_text())
-
-    def matching(self, key: dict[str, Any]) -> list[dict[str, Any]]:
-        return [run for run in self.content["runs"] if all(run[k] == v for k, v in key.items())]
-
-    def add(self, facts: dict[str, Any], run: dict[str, Any] | None, dataset: str) -> None:
-        self.content["datasets"][dataset] = facts
-        if run is not None:
-            self.content["runs"].append(run)
-        common.write_json(self.path, self.content)
-
-    def entries(self, keys: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Each key with its ``run`` on the data as they are now, or None."""
-        entries = []
-        for key in keys:
-            now = self.content["datasets"].get(key["dataset"], {}).get("fingerprint")
-            runs = [run for run in self.matching(key) if run["fingerprint"] == now]
-            entries.append(key | {"run": runs[-1] if runs else None})
-        return entries
 
 
 def schedule(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -320,36 +259,6 @@ def sensitivity_tasks(options: argparse.Namespace, datasets: set[str]) -> list[d
         {"dataset": SENSITIVITY_DATASET, "agent": "a2pr", "varied": {field: values}}
         for field, values in SENSITIVITY.items()
     ]
-
-
-def one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def results(
-    todo: list[dict[str, Any]], book: Book, options: argparse.Namespace
-) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Each key with what `train_one` returned, or the exception that it raised."""
-    calls = [
-        (key, options.episodes, options.device, [r["fingerprint"] for r in book.matching(key)])
-        for key in todo
-    ]
-    if options.jobs == 1:
-        one_thread()
-        for call in calls:
-            try:
-                yield call[0], train_one(*call)
-            except Exception as error:
-                yield call[0], error
-        return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, context, one_thread) as pool:
-        waiting = {pool.submit(train_one, *call): call[0] for call in calls}
-        for future in concurrent.futures.as_completed(waiting):
-            error = future.exception()
-            yield waiting[future], error or future.result()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -390,7 +299,11 @@ def main(arguments: list[str] | None = None) -> int:
             "note": NOT_D4RL,
         }
         print(f"{len(keys)} trainings, {options.jobs} at a time", file=sys.stderr, flush=True)
-        for key, result in results(keys, book, options):
+        calls = [
+            (key, options.episodes, options.device, [r["fingerprint"] for r in book.matching(key)])
+            for key in keys
+        ]
+        for key, result in results(train_one, calls, options.jobs):
             name = f"{key['dataset']} {key['agent']} {key['varied'] or ''}".rstrip()
             if isinstance(result, Exception):
                 failed += 1

@@ -354,6 +354,16 @@ class Dataset:
             problems=(*known, *validate.cost_problems(costs)),
         )
 
+    def with_rewards(self, rewards: Any) -> Dataset:
+        """The same transitions with other rewards ``[N]``."""
+        rewards = validate.column("rewards", rewards, len(self))
+        validate.check_finite("rewards", rewards)
+        return Dataset(
+            **(self._arrays() | {"rewards": rewards}),
+            card=self.card.noted("rewards replaced by the user"),
+            problems=self.problems,
+        )
+
     def subset(self, rows: Any = None, *, episodes: Any = None) -> Dataset:
         """Some rows, or some complete episodes, in the order given.
 

@@ -86,6 +86,29 @@ def test_each_member_clones_what_its_own_limit_lets_pass():
     assert metrics["kept_share"].tolist() == pytest.approx([0.25, 0.5, 1.0], abs=0.06)
 
 
+def test_each_member_clones_the_best_of_what_its_limit_lets_pass():
+    """Returns are worth what they cost but for the first copy, which returns most at cost 0."""
+    dataset = logged(copies=10)
+    returns = np.repeat(dataset.episode_costs() + 20 * (np.arange(40) == 0), 10) / 10
+    dataset = dataset.with_rewards(np.append(returns, [0.0] * 3))
+    settings = {"cost_limit": [4.0, 4.0, 8.0], "best_fraction": [0.02, 0.5, 0.25]}
+    rows = BCSafe.prepare(dataset, BCSafe.make_config(settings))
+    for start, stop in rows.episodes:
+        assert rows.rewards[start:stop] == pytest.approx(dataset.rewards[start:stop].sum())
+    lines = []
+    agent = make(BCSafe, members=(5, 5, 5), **settings)
+    agent.fit(rows, lines.append)
+    # 30 keep 4: the one that returns 20, or it and 14 more, of which 10 return 4; ties of 2 stay.
+    assert agent.least_return.tolist() == pytest.approx([20.0, 2.0, 8.0])
+    assert lines[0] == "cost limit 4, best 2%: clones 1 of 40 episodes, 2% of the rows"
+    assert lines[2].startswith("cost limit 8, best 25%: clones 11 of 40 episodes")
+    agent, metrics = trained(BCSafe, dataset, 200, (5, 5, 5), lr=2e-3, **settings)
+    expected = [0.0, (10 * 0.4 + 10 * 0.2) / 21, 10 * 0.8 / 11]
+    assert actions_of(agent.policy()).mean(1).tolist() == pytest.approx(expected, abs=0.08)
+    assert metrics["kept_share"].tolist() == pytest.approx([0.025, 21 / 40, 11 / 40], abs=0.08)
+    assert make(BCSafe).least_return.tolist() == [torch.finfo().min] * 2
+
+
 def test_a_constant_action_is_acted():
     agent, _ = trained(BCSafe, constant(0.8), 100, lr=1e-2)
     assert (actions_of(agent.policy()) - 0.8).abs().max() < 0.03
@@ -115,6 +138,8 @@ def test_bad_input():
     for bad in (-1.0, math.nan, [5.0, -1.0]):
         with pytest.raises(SaferlError, match="a cost limit is a number of 0 or more per episode"):
             prepare(logged(), cost_limit=bad)
+    with pytest.raises(SaferlError, match="best_fraction = 1.5 is not in"):
+        prepare(logged(), cost_limit=8.0, best_fraction=1.5)
     agent = make(BCSafe)
     with pytest.raises(SaferlError, match="the batch has no costs"):
         agent.update(costly(agent)._replace(costs=None))

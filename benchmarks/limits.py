@@ -1,0 +1,261 @@
+"""Do agents keep a cost limit? Velocity tasks at limits 20, 40 and 80 per episode.
+
+    python benchmarks/limits.py                 # small networks, for a CPU: hours
+    python benchmarks/limits.py --report        # the report of what there is, no training
+
+A training is one dataset and one agent with all its members: five seeds, at each limit where the
+agent is trained for one. Each is added to results/limits.json when it ends; a rerun does those that
+are missing (``--fresh`` starts over). The last policy of each member plays episodes from the same
+initial states. docs/benchmarks.md says what is compared. The data are saferl's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import limits_report
+import numpy as np
+from book import Book, Result, last_metrics, narrowed, results
+from scores import EVALUATION_SEED, facts_of
+
+LIMITS = (20.0, 40.0, 80.0)
+DATASETS = tuple(f"saferl/{r}-velocity-mixed-v0" for r in ("hopper", "halfcheetah", "walker2d"))
+FOR_EACH_LIMIT = {"cost_limit": list(LIMITS)}
+# By training: the agent and what is set besides its published values and the scale. In order of
+# work, cheap ones first.
+TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bc_safe": ("bc_safe", FOR_EACH_LIMIT | {"best_fraction": [1.0, 0.1]}),
+    "bc": ("bc", {"lr": 1e-3}),  # as BC-Safe has it
+    "td3_bc": ("td3_bc", {}),
+    "caps": ("caps", {}),
+    "a2pr": ("a2pr", {}),
+    "a2pr_limited": ("a2pr", FOR_EACH_LIMIT),
+    "coptidice": ("coptidice", FOR_EACH_LIMIT),
+    "cpq": ("cpq", FOR_EACH_LIMIT),
+    "bcq_lag": ("bcq_lag", FOR_EACH_LIMIT),
+}
+CLONING = ("bc", "bc_safe")
+RESERVE = 0.1  # of the limit, kept back by the shield for what stopping costs
+
+Played = dict[str, dict[str, Any]]  # by limit, "any" where there is none: an array per quantity
+
+
+def settings_of(training: str, dataset: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Published values, the scale, what all have alike, and what the training varies."""
+    from saferl.training.configs import published
+
+    agent, own = TRAININGS[training]
+    cloning = agent in CLONING
+    settings = published(agent, dataset) | narrowed(agent, options.hidden)
+    settings |= {
+        "batch_size": options.clone_batch_size if cloning else options.batch_size,
+        "normalize_observations": True,
+    }
+    if agent == "caps":
+        settings["actor_decay_steps"] = options.updates
+    return settings | own
+
+
+def key_of(training: str, dataset: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What identifies a training, but for the data's fingerprint."""
+    return {
+        "dataset": dataset,
+        "training": training,
+        "agent": TRAININGS[training][0],
+        "updates": options.updates,
+        "members": options.members,
+        "size": options.size,
+        "settings": settings_of(training, dataset, options),
+    }
+
+
+def train_one(key: dict[str, Any], episodes: int, device: str, done: list[str]) -> Result:
+    """Facts of the dataset, and the finished training (None if the fingerprint is in ``done``)."""
+    import saferl
+    from saferl.training.run import RunFolder
+
+    options = {"size": key["size"]} if key["size"] else {}
+    data, start = saferl.load_dataset(key["dataset"], **options), time.perf_counter()
+    cost = data.episode_costs()
+    facts = facts_of(data) | {
+        "mean_cost": float(cost.mean()),
+        "within": {f"{limit:g}": float((cost <= limit).mean()) for limit in LIMITS},
+    }
+    if facts["fingerprint"] in done:
+        return facts, None
+    with tempfile.TemporaryDirectory() as folder:
+        run = saferl.train(
+            key["agent"],
+            data,
+            steps=key["updates"],
+            members=key["members"],
+            settings=key["settings"],
+            out=Path(folder) / "run",
+            device=device,
+            eval_interval=0,
+            eval_episodes=1,
+            progress=False,
+        )
+        trained = time.perf_counter()
+        agent = saferl.load_agent(run.path, device=device)
+        played = dict(play(key, agent, data.card.env_id, episodes))
+        plan, metrics = RunFolder(run.path).config(), last_metrics(run.path / "metrics.csv")
+    return facts, key | {
+        "fingerprint": facts["fingerprint"],
+        "names": plan["members"],
+        "config": plan["agent_config"],
+        "played": played,
+        "metrics": metrics,
+        "seconds": {
+            "training": round(trained - start, 1),
+            "evaluation": round(time.perf_counter() - trained, 1),
+        },
+        "date": common.now(),
+    }
+
+
+def play(key: dict[str, Any], agent: Any, env: str, episodes: int) -> Iterator[tuple[str, Played]]:
+    """Each row of the report that the training yields, with what its policies reached."""
+    from saferl.evaluation import rollout
+    from saferl.safety import Shield
+
+    def run(policy: Any) -> dict[str, np.ndarray]:
+        played = rollout(policy, env, episodes, seed=EVALUATION_SEED)
+        costs = np.zeros_like(played.returns) if played.costs is None else played.costs
+        return {"returns": played.returns, "costs": costs, "lengths": played.lengths}
+
+    def stacked(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    seeds, training = key["members"], key["training"]
+    policy = agent.policy()
+    if training == "caps":
+        from saferl.agents.caps import tracked
+
+        yield training, told({limit: run(agent.policy_for(limit)) for limit in LIMITS})
+        yield (
+            "caps_tracked",
+            told(
+                {
+                    limit: stacked([run(tracked(policy.member(i), limit)) for i in range(seeds)])
+                    for limit in LIMITS
+                }
+            ),
+        )
+        return
+    played = run(policy)
+    if "cost_limit" not in key["settings"]:
+        yield training, told({None: played})
+        return
+    varied = key["settings"].get("best_fraction", [1.0])
+    # Members go limit by limit, within one by share of episodes, within one by seed.
+    parts = [
+        {name: values.reshape(len(LIMITS), len(varied), seeds, -1)[:, v]
+         for name, values in played.items()}
+        for v in range(len(varied))
+    ]  # fmt: skip
+    for name, part in zip((training, f"{training}_best"), parts):
+        yield (
+            name,
+            told({limit: {k: v[i] for k, v in part.items()} for i, limit in enumerate(LIMITS)}),
+        )
+    if len(varied) == 1:
+        return
+    guarded = {}
+    for at, limit in enumerate(LIMITS):
+        first = at * len(varied) * seeds  # of the members that clone all of what keeps the limit
+        guarded[limit] = stacked(
+            [
+                run(
+                    Shield(
+                        policy.member(first + seeds + seed),
+                        fallback=policy.member(first + seed),
+                        cost_limit=limit,
+                        reserve=RESERVE * limit,
+                    )
+                )
+                for seed in range(seeds)
+            ]
+        )
+    yield f"{training}_best_shield", told(guarded)
+
+
+def told(played: dict[float | None, dict[str, np.ndarray]]) -> Played:
+    """Arrays ``[seeds, episodes]`` by limit, for JSON."""
+    return {
+        "any" if limit is None else f"{limit:g}": {
+            name: np.round(values, 1).tolist() for name, values in part.items()
+        }
+        for limit, part in played.items()
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--datasets", nargs="+", default=list(DATASETS))
+    parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS))
+    parser.add_argument("--updates", type=int, default=10_000)
+    parser.add_argument("--members", type=int, default=5, help="seeds, trained side by side")
+    parser.add_argument("--episodes", type=int, default=20, help="per member, of the last policy")
+    parser.add_argument("--size", type=int, help="transitions of each dataset (default 100 000)")
+    parser.add_argument("--hidden", type=int, default=64, help="units per layer; 0: as published")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--clone-batch-size", type=int, default=256, help="of BC and BC-Safe")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
+    parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error("--jobs must be 1 or more")
+    book = Book(options.out / "limits.json", options.fresh)
+    keys = [key_of(t, d, options) for t in options.trainings for d in options.datasets]
+    failed = 0
+    if not options.report:
+        book.content |= {
+            "command": common.command(),
+            "machine": common.machine(),
+            "versions": common.versions(["saferl", "torch", "numpy", "mujoco", "gymnasium"]),
+        }
+        calls = [
+            (key, options.episodes, options.device, [r["fingerprint"] for r in book.matching(key)])
+            for key in keys
+        ]
+        for key, result in results(train_one, calls, options.jobs):
+            name = f"{common.now()} {key['dataset']} {key['training']}"
+            if isinstance(result, Exception):
+                failed += 1
+                print(f"{name}: FAILED, {result}", file=sys.stderr, flush=True)
+                continue
+            facts, run = result
+            book.add(facts, run, key["dataset"])
+            print(f"{name}: {told_of(run)}", file=sys.stderr, flush=True)
+    text = limits_report.write(book, book.entries(keys), options.out)
+    if not options.report:  # which may look at the file of a run that is still writing it
+        common.write_json(book.path, book.content)
+    print(text, end="")
+    return 1 if failed else 0
+
+
+def told_of(run: dict[str, Any] | None) -> str:
+    """A line for the terminal."""
+    if run is None:
+        return "done before"
+    rows = [
+        f"{row}@{limit} {np.mean(part['returns']):.0f}/{np.mean(part['costs']):.0f}"
+        for row, played in run["played"].items()
+        for limit, part in played.items()
+    ]
+    return f"return/cost {', '.join(rows)} ({sum(run['seconds'].values()):.0f} s)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
