@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
             facts, run = result
             book.add(facts, run, key["dataset"])
             print(f"{name}: {told_of(run)}", file=sys.stderr, flush=True)
-    text = limits_report.write(book, book.entries(keys), options.out)
+    text = limits_report.write(book, book.entries(keys), LIMITS, options.out)
     if not options.report:  # which may look at the file of a run that is still writing it
         common.write_json(book.path, book.content)
     print(text, end="")

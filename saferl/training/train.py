@@ -93,6 +93,7 @@ def train(
         seed: of the first member; the others follow.
         cost_limits: expected undiscounted cost per episode, in user units, for the tables; an agent
             that learns under a limit is trained for each, unless ``settings`` has ``cost_limit``.
+            If none is given it is judged by what it is trained for.
         settings: hyper-parameters, e.g. ``{"alpha": [1, 2.5, 10]}``.
         dataset_options: passed to `load_dataset`, e.g. ``{"size": 20_000}``.
         out: run folder; ``runs/AGENT-DATASET`` and a number if None.
@@ -133,8 +134,6 @@ def train(
         raise SaferlError("neither a dataset nor an environment was given: pass --dataset or --env")
     limits = [check_limit(limit) for limit in cost_limits]
     cls, settings = agent_class(agent), dict(settings or {})
-    if hasattr(cls.Config, "cost_limit"):
-        limits, settings = _constrain(limits, settings)
     if dataset is None and cls.needs_dataset:
         raise SaferlError(
             f"{agent} learns from a dataset: pass --dataset (from an environment alone: sac)"
@@ -147,16 +146,15 @@ def train(
         # A run resumes from any folder, so a file is recorded by its full path.
         source = str(Path(dataset).resolve()) if Path(dataset).is_file() else str(dataset)
         dataset = load_dataset(source, **(dataset_options or {}))
+    task = "online" if dataset is None else dataset.card.id
+    limits, settings = _constrain(cls.Config, limits, settings, published(agent, task))
     if dataset is not None and limits and dataset.costs is None:
         raise SaferlError(no_costs(dataset.card.id))
     if dataset is not None:
         env = env or dataset.card.env_id
     if env is None and cls.acts:
         raise SaferlError(f"{agent} acts in an environment, but none is known: pass --env")
-    task = "online" if dataset is None else dataset.card.id
-    expanded, who = resolve(
-        cls.Config, published(agent, task) | settings, list(range(seed, seed + members))
-    )
+    expanded, who = resolve(cls.Config, settings, list(range(seed, seed + members)))
     config = cls.make_config(expanded)
     eval_interval = max(1, steps // 5) if eval_interval is None else eval_interval or steps
     plan = {
@@ -354,14 +352,23 @@ def load_agent(run: str | Path, step: int | None = None, device: str = "cpu"):
     return agent
 
 
-def _constrain(limits: list[float], settings: dict[str, Any]) -> tuple[list[float], dict[str, Any]]:
-    """What is trained for and what is judged are the same limits where only one was said."""
-    if "cost_limit" not in settings:
-        return limits, settings | ({"cost_limit": limits} if limits else {})
-    given = settings["cost_limit"]
-    given = given if isinstance(given, (list, tuple)) else [given]
-    given = [check_limit(limit, infinite=True) for limit in given]
-    return limits or [limit for limit in given if math.isfinite(limit)], settings
+def _constrain(
+    config: type, limits: list[float], given: dict[str, Any], published: dict[str, Any]
+) -> tuple[list[float], dict[str, Any]]:
+    """What is judged, and all settings: an agent is trained for the limits that it is judged by.
+
+    Limits for the tables are trained for, unless ``given`` has a ``cost_limit``. Without any, the
+    agent is judged by the finite limits that it is trained for, its default included.
+    """
+    settings = published | given
+    if not hasattr(config, "cost_limit"):
+        return limits, settings
+    if limits:
+        return limits, settings if "cost_limit" in given else settings | {"cost_limit": limits}
+    own = settings.get("cost_limit", config.cost_limit)
+    own = own if isinstance(own, (list, tuple)) else [own]
+    own = [check_limit(limit, infinite=True) for limit in own]
+    return [limit for limit in own if math.isfinite(limit)], settings
 
 
 def _check_machine(acts: bool, engine: str, precision: str, device: torch.device) -> None:

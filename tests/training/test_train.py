@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import os
 import signal
@@ -17,6 +18,8 @@ import torch
 
 import saferl
 from saferl.errors import SaferlError
+from saferl.evaluation.text import group_names
+from saferl.registry import agent_class
 from saferl.training.loop import Loop
 from saferl.training.run import RunFolder
 from tests.conftest import PointEnv, point_dataset
@@ -235,10 +238,30 @@ def test_an_agent_under_a_limit_is_trained_for_what_it_is_judged_by(point, tmp_p
     # The other way round: what is trained for is judged.
     run = quick(point, tmp_path / "b", "a2pr", settings=settings | {"cost_limit": 3}, members=1)
     assert RunFolder(run.path).config()["cost_limits"] == [3.0]
+    # Its default is a limit like any other.
+    run = quick(point, tmp_path / "d", "bc_safe", settings={"hidden": [8]}, members=1)
+    config = RunFolder(run.path).config()
+    assert config["cost_limits"] == [config["agent_config"]["cost_limit"]] == [10.0]
     # An agent that knows no limits is judged all the same.
     capsys.readouterr()
     quick(point, tmp_path / "c", cost_limits=[1e6], members=1, progress=True)
     assert "warning: the cost limit 1e+06 can never bind" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("agent", ["a2pr", "bc_safe", "cpq"])
+def test_one_run_trains_members_for_four_limits_at_once(point, tmp_path, agent):
+    names = {field.name for field in dataclasses.fields(agent_class(agent).Config)}
+    networks = ("hidden", "critic_hidden", "value_hidden", "vae_hidden")
+    settings = {name: [8] for name in networks if name in names} | {"batch_size": 16}
+    limits = [5.0, 10.0, 20.0, 40.0]
+    run = quick(point, tmp_path / agent, agent, cost_limits=limits, settings=settings, members=2)
+    config = RunFolder(run.path).config()
+    assert config["agent_config"]["cost_limit"] == [x for x in limits for _ in range(2)]
+    assert config["members"] == [f"cost_limit={x:g} seed={s}" for x in limits for s in (0, 1)]
+    table = run.evaluation.table(config["cost_limits"], groups=group_names(config["members"]))
+    together = [(r["group"], r["limit"], r["members"]) for r in table if r["member"] is None]
+    assert together == [(f"cost_limit={x:g}", x, 2) for x in limits]
+    assert run.policy().members == 8
 
 
 def test_a_used_folder_is_not_overwritten(point, tmp_path):
