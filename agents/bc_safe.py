@@ -8,10 +8,11 @@ member's limit, R_L what the best ``best_fraction`` of the episodes that keep L 
     L_π = Σ_i w_i mean_j (π(s_i)_j - a_ij)² / max(Σ_i w_i, 1)            over rows, components j
 
 A comparator of the DSRL benchmark (Liu et al. 2023, arXiv 2306.09303): a deterministic tanh
-perceptron, squared error, Adam at 1e-3. All members share one buffer, so each leaves out by w what
-its own limit does not let pass. Given how many rows of a batch pass, they are a uniform sample of
-the filtered data, so the gradient is that of cloning those alone with smaller batches; and a member
-does not depend on the limits of those beside it, as it would if the buffer were filtered.
+perceptron, squared error, Adam at 1e-3. Members that differ by their seed alone share a buffer of
+what their limit lets pass, and w is 1 throughout. Where limits differ the buffer has what the
+largest lets pass, and each member leaves out by w what its own does not. Given how many rows of a
+batch pass, they are a uniform sample of the filtered data, so the gradient is that of cloning those
+alone with smaller batches.
 
 Deviations: none known at ``best_fraction`` 1. Below it is %BC (Chen et al. 2021, arXiv 2106.01345)
 among the episodes that keep the limit, which is ours: among those are failed ones that cost nothing
@@ -80,10 +81,15 @@ class BCSafe(BC):
                 f"no episode of {dataset.card.id} costs {min(limits):g} or less: the lowest cost "
                 f"of one is {costs.min():g}, so pass a cost_limit of at least that"
             )
-        lengths = dataset.episode_lengths()
-        rows = dataset.subset(episodes=len(costs)).with_costs(np.repeat(costs, lengths))
         returns = dataset.episode_returns().astype(np.float32)
-        return rows.with_rewards(np.repeat(returns, lengths))
+        keep = costs <= np.float32(max(limits))
+        if _alike(config):
+            fraction = per_member(config, "best_fraction")[0]
+            keep &= returns >= least_return(returns[keep], fraction)
+        lengths = dataset.episode_lengths()[keep]
+        rows = dataset.subset(episodes=np.flatnonzero(keep))
+        rows = rows.with_costs(np.repeat(costs[keep], lengths))
+        return rows.with_rewards(np.repeat(returns[keep], lengths))
 
     def build(self, init: MemberRandom) -> None:
         super().build(init)
@@ -92,25 +98,24 @@ class BCSafe(BC):
         self.least_return = nn.Parameter(least, requires_grad=False)
 
     def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
-        """Find R_L of each member, and say how much of the data it lets pass."""
+        """Find R_L of each member, and say how much it clones."""
         first = dataset.episodes[:, 0]
         rewards = self.spec.rewards(dataset.rewards)
-        told = set()
-        for member, limit in enumerate(self.column("cost_limit")):
-            fraction = self.column("best_fraction")[member]
+        told = {}
+        pairs = zip(self.column("cost_limit"), self.column("best_fraction"))
+        for member, (limit, fraction) in enumerate(pairs):
             within = dataset.costs <= np.float32(limit)
-            if fraction < 1:
-                returns = np.sort(rewards[first][within[first]])[::-1]
-                least = returns[max(1, math.floor(fraction * len(returns))) - 1]
+            if fraction < 1 and not _alike(self.config):
+                least = least_return(rewards[first][within[first]], fraction)
                 self.least_return[member] = float(least)
                 within &= rewards >= least
-            if (limit, fraction) not in told:
-                told.add((limit, fraction))
-                best = "" if fraction == 1 else f", best {fraction:.0%}"
-                say(
-                    f"cost limit {limit:g}{best}: clones {within[first].sum()} of {len(first)} "
-                    f"episodes, {within.mean():.0%} of the rows"
-                )
+            best = "" if fraction == 1 else f", best {fraction:.0%}"
+            told[limit, fraction] = (
+                f"cost limit {limit:g}{best}: clones {within[first].sum()} episodes, "
+                f"{within.sum()} rows"
+            )
+        for line in told.values():
+            say(line)
 
     def learn(self, batch: Batch) -> Metrics:
         within = costs_of(batch) <= self.scalar("cost_limit")
@@ -123,3 +128,16 @@ class BCSafe(BC):
 
 def _limits(config: BCSafeConfig) -> list[float]:
     return [check_limit(value, infinite=True) for value in per_member(config, "cost_limit")]
+
+
+def _alike(config: BCSafeConfig) -> bool:
+    """Whether all members clone the same."""
+    return all(
+        not isinstance(value, (list, tuple)) or len(set(value)) == 1
+        for value in (config.cost_limit, config.best_fraction)
+    )
+
+
+def least_return(returns: np.ndarray, fraction: float) -> np.floating:
+    """What the best ``fraction`` of the episodes, one at least, return at least."""
+    return np.sort(returns)[::-1][max(1, math.floor(fraction * len(returns))) - 1]

@@ -12,10 +12,11 @@ initial states. docs/benchmarks.md says what is compared. The data are saferl's 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ FOR_EACH_LIMIT = {"cost_limit": list(LIMITS)}
 # By training: the agent and what is set besides its published values and the scale. In order of
 # work, cheap ones first.
 TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bc_safe": ("bc_safe", FOR_EACH_LIMIT | {"best_fraction": [1.0, 0.1]}),
+    "bc_safe": ("bc_safe", {}),
     "bc": ("bc", {"lr": 1e-3}),  # as BC-Safe has it
     "td3_bc": ("td3_bc", {}),
     "caps": ("caps", {}),
@@ -42,7 +43,8 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bcq_lag": ("bcq_lag", FOR_EACH_LIMIT),
 }
 CLONING = ("bc", "bc_safe")
-RESERVE = 0.1  # of the limit, kept back by the shield for what stopping costs
+SHARES = (1.0, 0.1)  # of what keeps a limit, cloned by BC-Safe; each limit and share by itself
+RESERVE = 0.5  # of the limit, kept back by the shield for what stopping costs
 
 Played = dict[str, dict[str, Any]]  # by limit, "any" where there is none: an array per quantity
 
@@ -90,27 +92,31 @@ def train_one(key: dict[str, Any], episodes: int, device: str, done: list[str]) 
     }
     if facts["fingerprint"] in done:
         return facts, None
+    agents, plans, metrics = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        run = saferl.train(
-            key["agent"],
-            data,
-            steps=key["updates"],
-            members=key["members"],
-            settings=key["settings"],
-            out=Path(folder) / "run",
-            device=device,
-            eval_interval=0,
-            eval_episodes=1,
-            progress=False,
-        )
-        trained = time.perf_counter()
-        agent = saferl.load_agent(run.path, device=device)
-        played = dict(play(key, agent, data.card.env_id, episodes))
-        plan, metrics = RunFolder(run.path).config(), last_metrics(run.path / "metrics.csv")
+        for number, varied in enumerate(variants(key["training"])):
+            path = Path(folder) / str(number)
+            saferl.train(
+                key["agent"],
+                data,
+                steps=key["updates"],
+                members=key["members"],
+                settings=key["settings"] | varied,
+                out=path,
+                device=device,
+                eval_interval=0,
+                eval_episodes=1,
+                progress=False,
+            )
+            agents.append(saferl.load_agent(path, device=device))
+            plans.append(RunFolder(path).config())
+            metrics.append(last_metrics(path / "metrics.csv"))
+    trained = time.perf_counter()
+    played = dict(play(key, agents, data.card.env_id, episodes))
     return facts, key | {
         "fingerprint": facts["fingerprint"],
-        "names": plan["members"],
-        "config": plan["agent_config"],
+        "names": [name for plan in plans for name in plan["members"]],
+        "config": plans[0]["agent_config"],
         "played": played,
         "metrics": metrics,
         "seconds": {
@@ -121,7 +127,16 @@ def train_one(key: dict[str, Any], episodes: int, device: str, done: list[str]) 
     }
 
 
-def play(key: dict[str, Any], agent: Any, env: str, episodes: int) -> Iterator[tuple[str, Played]]:
+def variants(training: str) -> list[dict[str, Any]]:
+    """Settings of each run of a training: one, but for BC-Safe, whose data depend on them."""
+    if training != "bc_safe":
+        return [{}]
+    return [{"best_fraction": s, "cost_limit": limit} for s in SHARES for limit in LIMITS]
+
+
+def play(
+    key: dict[str, Any], agents: list[Any], env: str, episodes: int
+) -> Iterator[tuple[str, Played]]:
     """Each row of the report that the training yields, with what its policies reached."""
     from saferl.evaluation import rollout
     from saferl.safety import Shield
@@ -131,60 +146,51 @@ def play(key: dict[str, Any], agent: Any, env: str, episodes: int) -> Iterator[t
         costs = np.zeros_like(played.returns) if played.costs is None else played.costs
         return {"returns": played.returns, "costs": costs, "lengths": played.lengths}
 
-    def stacked(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def each(policy_of: Callable[[int], Any]) -> dict[str, np.ndarray]:
+        """Policies of one member, seed by seed."""
+        parts = [run(policy_of(seed)) for seed in range(key["members"])]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    seeds, training = key["members"], key["training"]
-    policy = agent.policy()
+    training, policies = key["training"], [agent.policy() for agent in agents]
     if training == "caps":
         from saferl.agents.caps import tracked
 
-        yield training, told({limit: run(agent.policy_for(limit)) for limit in LIMITS})
+        def spending(limit: float, seed: int) -> Shield:
+            return tracked(policies[0].member(seed), limit)
+
+        yield training, told({limit: run(agents[0].policy_for(limit)) for limit in LIMITS})
         yield (
             "caps_tracked",
-            told(
-                {
-                    limit: stacked([run(tracked(policy.member(i), limit)) for i in range(seeds)])
-                    for limit in LIMITS
-                }
-            ),
+            told({limit: each(functools.partial(spending, limit)) for limit in LIMITS}),
         )
-        return
-    played = run(policy)
-    if "cost_limit" not in key["settings"]:
-        yield training, told({None: played})
-        return
-    varied = key["settings"].get("best_fraction", [1.0])
-    # Members go limit by limit, within one by share of episodes, within one by seed.
-    parts = [
-        {name: values.reshape(len(LIMITS), len(varied), seeds, -1)[:, v]
-         for name, values in played.items()}
-        for v in range(len(varied))
-    ]  # fmt: skip
-    for name, part in zip((training, f"{training}_best"), parts):
+    elif training == "bc_safe":
+        every, best = (dict(zip(LIMITS, policies[i : i + len(LIMITS)])) for i in (0, len(LIMITS)))
+        yield training, told({limit: run(policy) for limit, policy in every.items()})
+        yield "bc_safe_best", told({limit: run(policy) for limit, policy in best.items()})
+
+        def guarded(limit: float, seed: int) -> Shield:
+            return Shield(
+                best[limit].member(seed),
+                fallback=every[limit].member(seed),
+                cost_limit=limit,
+                reserve=RESERVE * limit,
+            )
+
         yield (
-            name,
-            told({limit: {k: v[i] for k, v in part.items()} for i, limit in enumerate(LIMITS)}),
+            "bc_safe_best_shield",
+            told({limit: each(functools.partial(guarded, limit)) for limit in LIMITS}),
         )
-    if len(varied) == 1:
-        return
-    guarded = {}
-    for at, limit in enumerate(LIMITS):
-        first = at * len(varied) * seeds  # of the members that clone all of what keeps the limit
-        guarded[limit] = stacked(
-            [
-                run(
-                    Shield(
-                        policy.member(first + seeds + seed),
-                        fallback=policy.member(first + seed),
-                        cost_limit=limit,
-                        reserve=RESERVE * limit,
-                    )
-                )
-                for seed in range(seeds)
-            ]
+    else:
+        played = run(policies[0])
+        if "cost_limit" not in key["settings"]:
+            yield training, told({None: played})
+            return
+        # Members go limit by limit, within one by seed.
+        split = {k: v.reshape(len(LIMITS), key["members"], -1) for k, v in played.items()}
+        yield (
+            training,
+            told({limit: {k: v[i] for k, v in split.items()} for i, limit in enumerate(LIMITS)}),
         )
-    yield f"{training}_best_shield", told(guarded)
 
 
 def told(played: dict[float | None, dict[str, np.ndarray]]) -> Played:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def test_run_resume_and_report(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "limits.md").read_text()
     content = json.loads((tmp_path / "limits.json").read_text())
     safe, plain, caps = content["runs"]
-    assert len(safe["names"]) == 12 and len(plain["names"]) == len(caps["names"]) == 2
+    assert len(safe["names"]) == 12 and len(safe["metrics"]) == 6
+    assert len(plain["names"]) == len(caps["names"]) == 2
     assert list(safe["played"]) == ["bc_safe", "bc_safe_best", "bc_safe_best_shield"]
     assert list(caps["played"]) == ["caps", "caps_tracked"] and list(plain["played"]) == ["bc"]
     for row, played in {**safe["played"], **caps["played"]}.items():
@@ -52,50 +54,52 @@ def test_run_resume_and_report(tmp_path, monkeypatch, capsys):
 
 
 class Fake:
-    """An agent whose policy has a member per limit, share and seed, and acts by its number."""
+    """A policy that acts by the numbers of its members."""
 
-    def __init__(self, members: int):
-        self.members = members
+    def __init__(self, *numbers: int):
+        self.numbers = numbers
 
     def policy(self):
         return self
 
-    def member(self, number: int) -> int:
-        return number
+    def member(self, seed: int):
+        return Fake(self.numbers[seed])
 
 
 def test_members_go_to_their_rows_and_limits(monkeypatch):
-    """Two shares and two seeds: members 0, 1 | 2, 3 at the first limit, and so on."""
     import saferl.evaluation
     import saferl.safety
 
     guards = []
 
     def rollout(policy, env, episodes, seed):
-        numbers = np.arange(12) if isinstance(policy, Fake) else np.array([policy])
-        values = np.repeat(numbers[:, None], episodes, 1).astype(float)
-        return argparse_like(returns=values, costs=values, lengths=values)
+        values = np.repeat(np.array(policy.numbers, float)[:, None], episodes, 1)
+        return SimpleNamespace(returns=values, costs=values, lengths=values)
 
     def shield(policy, fallback, cost_limit, reserve):
-        guards.append((policy, fallback, cost_limit, reserve))
+        guards.append((*policy.numbers, *fallback.numbers, cost_limit, reserve))
         return policy
+
+    def first(played):
+        return {row: {limit: np.array(part["returns"])[:, 0].tolist()
+                      for limit, part in rows.items()} for row, rows in played}  # fmt: skip
 
     monkeypatch.setattr(saferl.evaluation, "rollout", rollout)
     monkeypatch.setattr(saferl.safety, "Shield", shield)
-    key = {"members": 2, "training": "bc_safe",
-           "settings": {"cost_limit": [20, 40, 80], "best_fraction": [1.0, 0.1]}}  # fmt: skip
-    played = dict(limits.play(key, Fake(12), "env", 3))
-    of = {row: {limit: np.array(part["returns"])[:, 0].tolist() for limit, part in rows.items()}
-          for row, rows in played.items()}  # fmt: skip
-    assert of["bc_safe"] == {"20": [0, 1], "40": [4, 5], "80": [8, 9]}
-    assert of["bc_safe_best"] == {"20": [2, 3], "40": [6, 7], "80": [10, 11]}
+    # Two seeds. BC-Safe: an agent per share and limit; the others: limit by limit in one.
+    key = {"members": 2, "training": "bc_safe", "settings": {}}
+    of = first(limits.play(key, [Fake(2 * i, 2 * i + 1) for i in range(6)], "env", 3))
+    assert [v["best_fraction"] for v in limits.variants("bc_safe")] == [1.0] * 3 + [0.1] * 3
+    assert of["bc_safe"] == {"20": [0, 1], "40": [2, 3], "80": [4, 5]}
+    assert of["bc_safe_best"] == {"20": [6, 7], "40": [8, 9], "80": [10, 11]}
     assert of["bc_safe_best_shield"] == of["bc_safe_best"]
-    assert guards[:3] == [(2, 0, 20.0, 2.0), (3, 1, 20.0, 2.0), (6, 4, 40.0, 4.0)]
-
-
-class argparse_like:
-    def __init__(self, **values):
-        vars(self).update(values)
+    assert guards[:3] == [(6, 0, 20.0, 10.0), (7, 1, 20.0, 10.0), (8, 2, 40.0, 20.0)]
+    key = {"members": 2, "training": "cpq", "settings": limits.FOR_EACH_LIMIT}
+    of = first(limits.play(key, [Fake(*range(6))], "env", 3))
+    assert of == {"cpq": {"20": [0, 1], "40": [2, 3], "80": [4, 5]}}
+    assert first(limits.play(key | {"settings": {}}, [Fake(7, 8)], "env", 3)) == {
+        "cpq": {"any": [7, 8]}
+    }
 
 
 def part(costs, returns):

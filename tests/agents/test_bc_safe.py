@@ -64,7 +64,7 @@ def test_update_is_the_reference(float64, member):
 
 def test_rows_carry_the_cost_of_their_episode_and_fragments_are_left_out():
     rows = BCSafe.prepare(logged(), BCSafe.make_config({"cost_limit": [2.0, 4.0]}))
-    assert len(rows.episodes) == 20 and rows.fragment is None and len(rows) == 200
+    assert len(rows.episodes) == 15 and rows.fragment is None and len(rows) == 150  # none of 8
     for start, stop in rows.episodes:
         assert rows.costs[start:stop] == pytest.approx(10 * rows.actions[start, 0])
 
@@ -100,12 +100,21 @@ def test_each_member_clones_the_best_of_what_its_limit_lets_pass():
     agent.fit(rows, lines.append)
     # 30 keep 4: the one that returns 20, or it and 14 more, of which 10 return 4; ties of 2 stay.
     assert agent.least_return.tolist() == pytest.approx([20.0, 2.0, 8.0])
-    assert lines[0] == "cost limit 4, best 2%: clones 1 of 40 episodes, 2% of the rows"
-    assert lines[2].startswith("cost limit 8, best 25%: clones 11 of 40 episodes")
+    assert lines == [
+        "cost limit 4, best 2%: clones 1 episodes, 10 rows",
+        "cost limit 4, best 50%: clones 21 episodes, 210 rows",
+        "cost limit 8, best 25%: clones 11 episodes, 110 rows",
+    ]
     agent, metrics = trained(BCSafe, dataset, 200, (5, 5, 5), lr=2e-3, **settings)
     expected = [0.0, (10 * 0.4 + 10 * 0.2) / 21, 10 * 0.8 / 11]
     assert actions_of(agent.policy()).mean(1).tolist() == pytest.approx(expected, abs=0.08)
     assert metrics["kept_share"].tolist() == pytest.approx([0.025, 21 / 40, 11 / 40], abs=0.08)
+    # Members that differ by their seed alone have a buffer of what they clone, and no more.
+    settings = {"cost_limit": [4.0, 4.0], "best_fraction": 0.5}
+    rows = BCSafe.prepare(dataset, BCSafe.make_config(settings))
+    agent, metrics = trained(BCSafe, dataset, 200, (5, 5), lr=2e-3, **settings)
+    assert len(rows.episodes) == 21 and metrics["kept_share"].tolist() == [1.0, 1.0]
+    assert actions_of(agent.policy()).mean(1).tolist() == pytest.approx([expected[1]] * 2, abs=0.08)
     assert make(BCSafe).least_return.tolist() == [torch.finfo().min] * 2
 
 
@@ -119,8 +128,8 @@ def test_what_passes_is_told():
     rows, lines = BCSafe.prepare(logged(), config), []
     make(BCSafe, cost_limit=[2.0, 8.0]).fit(rows, lines.append)
     assert lines == [
-        "cost limit 2: clones 10 of 20 episodes, 50% of the rows",
-        "cost limit 8: clones 20 of 20 episodes, 100% of the rows",
+        "cost limit 2: clones 10 episodes, 100 rows",
+        "cost limit 8: clones 20 episodes, 200 rows",
     ]
 
 
