@@ -14,11 +14,16 @@ from pathlib import Path
 from saferl import __version__
 from saferl.errors import SaferlError
 
-DEFAULT_AGENT = "td3_bc"
-DEFAULT_DATASET = "saferl/hopper-velocity-mixed-v0"
-DEFAULT_COST_LIMIT = 40.0
-DEFAULT_SETTINGS = {"hidden": [64, 64]}  # of the embedded default: minutes on two cores
+DEFAULT_AGENT = "td3_bc"  # for --dataset: it needs no costs
 DEFAULT_STEPS = 20_000
+# The embedded default, for neither --dataset nor --env: minutes on two cores.
+EMBEDDED_DATASET = "saferl/hopper-velocity-mixed-v0"
+EMBEDDED_COST_LIMIT = 40.0  # an episode of the data costs three times as much on average
+EMBEDDED_SETTINGS = {"hidden": [64, 64]}  # of any agent
+EMBEDDED_AGENT = "bc_safe"
+EMBEDDED_AGENT_SETTINGS = {
+    "best_fraction": 0.1, "batch_size": 256, "normalize_observations": True
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("train", _train, "Train an agent; alone, it runs the embedded default.")
     # None stands for the default, so that --resume can tell what was given.
-    p.add_argument("agent", nargs="?", help=f"see `saferl list agents` (default: {DEFAULT_AGENT})")
+    p.add_argument("agent", nargs="?", help="see `saferl list agents` (default: "
+                   f"{EMBEDDED_AGENT} on the bundled default, else {DEFAULT_AGENT})")  # fmt: skip
     p.add_argument(
         "--dataset", help="id or file; the bundled default if neither it nor --env is set"
     )
@@ -213,12 +219,14 @@ def _train(options) -> None:
             )
         run = resume(options.resume, steps=options.steps, **common)
     else:
-        dataset, limits = options.dataset, options.cost_limit
+        agent, dataset, limits = options.agent, options.dataset, options.cost_limit
         if dataset is None and options.env is None:
-            dataset, limits = DEFAULT_DATASET, limits or [DEFAULT_COST_LIMIT]
-            settings = DEFAULT_SETTINGS | settings
+            dataset, limits = EMBEDDED_DATASET, limits or [EMBEDDED_COST_LIMIT]
+            settings = EMBEDDED_SETTINGS | settings
+            if agent is None:
+                agent, settings = EMBEDDED_AGENT, EMBEDDED_AGENT_SETTINGS | settings
         run = train(
-            options.agent or DEFAULT_AGENT,
+            agent or DEFAULT_AGENT,
             dataset,
             env=options.env,
             steps=DEFAULT_STEPS if options.steps is None else options.steps,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from saferl.cli import main
+from saferl.training.run import RunFolder
 from tests.conftest import point_dataset
 
 ENV = "tests.conftest:PointTest-v0"
@@ -40,6 +41,22 @@ def test_train_evaluate_report_inspect_collect(data, tmp_path, capsys):
     out = capsys.readouterr().out
     for word in ("td3_bc", "discrete_cql", "hopper-medium-v2", "HopperVelocity-v0", "EpiCare1-v0"):
         assert word in out
+
+
+def test_the_embedded_default_keeps_a_limit_that_its_data_break(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--dataset-option", "size=20000", "--steps", "20", "--eval-interval", "0",
+             "--eval-episodes", "2", "--device", "cpu"]  # fmt: skip
+    assert main(["train", *small]) == 0
+    out = capsys.readouterr().out
+    assert "cost limit 40, best 10%: clones" in out and "verdict" in out
+    run = RunFolder("runs/bc_safe-hopper-velocity-mixed-v0")
+    config = run.config()
+    assert config["cost_limits"] == [40.0] and config["agent_config"]["cost_limit"] == [40.0] * 3
+    assert run.card()["summary"]["cost_mean"] > 40
+    # Another agent has its own settings, another limit is trained for.
+    assert main(["train", "bc", "--cost-limit", "9", "--quiet", *small]) == 0
+    assert RunFolder("runs/bc-hopper-velocity-mixed-v0").config()["cost_limits"] == [9.0]
 
 
 def test_a_table_trains_from_the_command_line(tmp_path, monkeypatch, capsys):
