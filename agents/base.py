@@ -55,14 +55,15 @@ class Agent:
             the policy stay in float32.
 
     Raises:
-        SaferlError: the task's action space is not the one the method is for; a per-member value
-            where none is possible; a number of values that differs from the number of members;
-            an unknown precision.
+        SaferlError: the task's actions or observations are not those that the method is for; a
+            per-member value where none is possible; a number of values that differs from the
+            number of members; an unknown precision.
     """
 
     Config: ClassVar[type[AgentConfig]] = AgentConfig
     discrete: ClassVar[bool] = False  # the action space the method is for
     variants: ClassVar[frozenset[str]] = frozenset()  # fields that may differ between members
+    pixels: ClassVar[bool] = False  # whether it learns from pixels, else from vectors
     needs_costs: ClassVar[bool] = False  # whether it cannot learn from data without costs
     needs_dataset: ClassVar[bool] = True  # whether an environment alone is not enough
     acts: ClassVar[bool] = False  # in an environment while it learns; Config is a HybridConfig
@@ -92,6 +93,12 @@ class Agent:
             raise SaferlError(
                 f"{type(self).__name__} is for {'discrete' if self.discrete else 'continuous'} "
                 f"actions but the task's are {kind}: `saferl list` shows which agent takes which"
+            )
+        if bool(spec.image) != self.pixels:
+            kinds = ("pixels", "vectors") if self.pixels else ("vectors", "pixels")
+            raise SaferlError(
+                f"{type(self).__name__} learns from {kinds[0]} but the task's observations are "
+                f"{kinds[1]}: `saferl list` shows which agent takes which"
             )
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
@@ -246,7 +253,7 @@ class Agent:
         parameters = optimizer.param_groups[0]["params"]
         gradients = torch.autograd.grad(loss.sum(), parameters, retain_graph=retain)
         for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
+            parameter.grad = gradient.contiguous()  # fused Adam takes the layout for granted
         optimizer.step()
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from gymnasium.envs.registration import register, registry
 
-from . import adapters, epicare, mazes
+from . import adapters, dmc, epicare, mazes
 from .wrappers import CostWrapper, SixValueAdapter, adapt_cost
 
 __all__ = [
@@ -73,7 +73,7 @@ def register_envs() -> None:
         }
     for name, arguments in epicare.env_ids().items():
         tasks[name] = {"entry_point": "saferl.envs.epicare:EpiCareEnv", "kwargs": arguments}
-    for name, arguments in (tasks | mazes.env_ids() | adapters.env_ids()).items():
+    for name, arguments in (tasks | mazes.env_ids() | dmc.env_ids() | adapters.env_ids()).items():
         if name not in registry:
             register(id=name, **arguments)
 

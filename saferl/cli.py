@@ -282,6 +282,7 @@ def _list(options) -> None:
             for name in registry.names("agents"):
                 cls = registry.agent_class(name)
                 kind = "discrete" if cls.discrete else "continuous"
+                kind += " pixels" if cls.pixels else ""
                 doc = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
                 print(f"  {name:14} {kind:11} {doc}")
         elif what == "datasets":

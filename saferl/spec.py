@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from saferl.data.frames import is_image
 from saferl.errors import SaferlError
 
 Floats = tuple[float, ...]
@@ -37,6 +38,8 @@ class Spec:
     reward_scale: float = 1.0
     reward_shift: float = 0.0
     horizon: int = 0  # steps of the longest episode; 0: unknown
+    image: tuple[int, ...] = ()  # (channels, height, width) of uint8 pixels; empty: a vector
+    frame_stack: int = 1  # frames in the channels of an image
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -55,6 +58,12 @@ class Spec:
         """
         mean: Floats = ()
         std: Floats = ()
+        image = dataset.observations.shape[1:] if is_image(dataset.observations) else ()
+        if image and config.normalize_observations:
+            raise SaferlError(
+                "pixels are not normalised: set normalize_observations=false, and use an agent "
+                "that takes pixels (`saferl list`)"
+            )
         if config.normalize_observations:
             mean, std = _moments(dataset.observations)
         scale = float(config.reward_scale)
@@ -79,6 +88,8 @@ class Spec:
             reward_scale=scale,
             reward_shift=float(config.reward_shift),
             horizon=dataset.horizon,
+            image=tuple(int(size) for size in image),
+            frame_stack=getattr(dataset.observations, "stack", 1),
         )
 
     @classmethod

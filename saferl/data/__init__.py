@@ -22,8 +22,9 @@ SUFFIXES = (".hdf5", ".h5", ".npz", ".csv", ".parquet")
 def load_dataset(id_or_path: str | Path, **options: Any) -> Dataset:
     """A `Dataset` from an id (``"family/rest"``) or a file (.hdf5, .h5, .npz, .csv, .parquet).
 
-    Families are ``d4rl``, ``minari``, ``dsrl``, ``saferl`` and those that plug-ins register. An
-    existing file wins over an id of the same spelling.
+    Families are ``d4rl``, ``minari``, ``dsrl``, ``vd4rl``, ``saferl`` and those that plug-ins
+    register. An existing file, or folder of V-D4RL's episodes, wins over an id of the same
+    spelling.
 
     Args:
         options: for any source, fields of `Card` that replace the source's own (``env_id=``,
@@ -50,6 +51,10 @@ def load_dataset(id_or_path: str | Path, **options: Any) -> Dataset:
         return files.load(path, **options)
     name = str(id_or_path)
     if path.is_dir():
+        from saferl.data import vd4rl
+
+        if vd4rl.is_folder_of_episodes(path):
+            return vd4rl.load(path=path, **options)
         raise SaferlError(f"{name} is a folder: name the file in it ({', '.join(SUFFIXES)})")
     if path.suffix.lower() in SUFFIXES or name.startswith((".", "/", "~")):
         raise SaferlError(f"no such file: {path} (looked from {Path.cwd()})")

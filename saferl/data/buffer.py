@@ -24,11 +24,11 @@ CHUNK = 65536  # rows transformed at a time, so that filling needs no full-size 
 class Batch(NamedTuple):
     """Transitions in the agent's units, each with leading axes ``[M, B]``."""
 
-    observations: Tensor  # [M, B, O]
+    observations: Tensor  # [M, B, O], or pixels [M, B, C, H, W] uint8
     actions: Tensor  # [M, B, A] in [-1, 1], or [M, B] int64
     rewards: Tensor  # [M, B]
     costs: Tensor | None  # [M, B] in user units; None where the data have no costs
-    next_observations: Tensor  # [M, B, O]
+    next_observations: Tensor  # as observations
     terminals: Tensor  # [M, B], 1 where bootstrapping stops
     returns: Tensor | None = None  # [M, B] discounted return-to-go, where an agent asks for it
 
@@ -106,6 +106,16 @@ class ReplayBuffer:
         """Sets of rows."""
         return 1
 
+    @property
+    def width(self) -> float:
+        """Floats of memory for one row."""
+        return self.rows.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all rows take."""
+        return self.rows.nbytes
+
     @classmethod
     def from_dataset(
         cls,
@@ -121,6 +131,8 @@ class ReplayBuffer:
 
         ``returns``: of each row ``[N]``, in the agent's units, for batches that carry them.
         """
+        if (kind := buffer_class(spec)) is not cls:
+            return kind.from_dataset(dataset, spec, seeds, device, memory_map, say, returns)
         buffer = cls(
             spec,
             len(dataset),
@@ -299,6 +311,15 @@ class OnlineBuffer(ReplayBuffer):
         view[:, :kept] = state["rows"].to(self.rows.device)
         self.ends[:, :kept] = state["ends"].numpy()
         self.added = state["added"].numpy().copy()
+
+
+def buffer_class(spec: Spec) -> type[ReplayBuffer]:
+    """The class for a task's observations: `FrameBuffer` for pixels."""
+    if not spec.image:
+        return ReplayBuffer
+    from saferl.data.frame_buffer import FrameBuffer
+
+    return FrameBuffer
 
 
 def free_memory(device: torch.device) -> int:

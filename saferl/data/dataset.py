@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from saferl.data import validate
+from saferl.data.frames import Frames, blocks, nbytes, take
 from saferl.errors import SaferlError, unknown
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -99,7 +100,8 @@ class Dataset:
     """Immutable transitions and their `Card`. Make one with a ``from_…`` method or `load_dataset`.
 
     Attributes:
-        observations, next_observations: ``[N, *O]`` float32, or uint8 for pixels.
+        observations, next_observations: ``[N, *O]`` float32, or uint8 for pixels; `Frames` where
+            single frames are held and stacked on reading.
         actions: ``[N, A]`` float32, or ``[N]`` int64 when discrete.
         rewards: ``[N]`` float32. costs: ``[N]`` float32, or None where there are none.
         terminals, timeouts: ``[N]`` bool, never both at one row.
@@ -239,7 +241,7 @@ class Dataset:
     @property
     def nbytes(self) -> int:
         """Bytes that the arrays occupy."""
-        return sum(array.nbytes for array in self._arrays().values())
+        return nbytes(self._arrays().values())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -247,7 +249,8 @@ class Dataset:
         digest = hashlib.sha256()
         for name, array in self._arrays().items():
             digest.update(f"{name}{array.dtype.str}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
+            for block in blocks(array):
+                digest.update(np.ascontiguousarray(block).data)
         return digest.hexdigest()
 
     @cached_property
@@ -392,7 +395,7 @@ class Dataset:
     def _take(self, index: np.ndarray, cut: np.ndarray | None, note: str) -> Dataset:
         if not len(index):
             raise SaferlError(f"subset of {self.card.id} is empty: choose at least one row")
-        arrays = {name: array[index] for name, array in self._arrays().items()}
+        arrays = {name: take(array, index) for name, array in self._arrays().items()}
         if cut is not None:
             arrays["timeouts"] = (arrays["timeouts"] | cut) & ~arrays["terminals"]
         return Dataset(**arrays, card=self.card.noted(f"subset: {note}"), problems=self.problems)
@@ -409,6 +412,8 @@ class Dataset:
         """
         if not 0 < ratio < 1:
             raise SaferlError(f"ratio is the share of good rows, between 0 and 1; got {ratio}")
+        if isinstance(good.observations, Frames) or isinstance(bad.observations, Frames):
+            raise SaferlError("cannot mix datasets of frames: load their folders into one dataset")
         for name in ("observations", "actions"):
             a, b = getattr(good, name), getattr(bad, name)
             if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
@@ -456,7 +461,8 @@ class Dataset:
     def save(self, path: str | Path) -> Path:
         """Write arrays and card to ``.npz`` or ``.hdf5`` (D4RL's keys); `load_dataset` reads both.
 
-        Written to a temporary name first, so that an interrupted write leaves no half a file.
+        Written to a temporary name first, so that an interrupted write leaves no half a file. A
+        dataset of frames becomes a folder of V-D4RL's episodes.
         """
         from saferl.data import files
 

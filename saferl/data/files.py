@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from saferl.data.dataset import Card, Dataset
+from saferl.data.frames import Frames
 from saferl.errors import SaferlError
 from saferl.io import atomic_write
 
@@ -251,7 +252,7 @@ def read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]
                 )
             wanted = [key for key in (*REQUIRED, *OPTIONAL) if key in keys]
             need = sum(4 * file[key].size for key in wanted)
-            _check_memory(path, need)
+            check_memory(path, need)
             arrays = {key: _read(file[key]) for key in wanted}
             card = file.attrs.get("saferl_card")
     except (OSError, RuntimeError, KeyError) as error:
@@ -271,7 +272,8 @@ def _read(dataset: Any) -> np.ndarray:
     return array
 
 
-def _check_memory(path: Path, need: int) -> None:
+def check_memory(path: Path, need: int) -> None:
+    """Raises `SaferlError` where so many bytes are not available."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -286,8 +288,10 @@ def _check_memory(path: Path, need: int) -> None:
 
 def load(path: Path, *, clip_actions: bool = False, **card_fields: Any) -> Dataset:
     """A ``.hdf5``, ``.h5`` or ``.npz`` file with D4RL's keys; a published file gets its card."""
-    from saferl.data import d4rl, dsrl
+    from saferl.data import d4rl, dsrl, vd4rl
 
+    if vd4rl.is_file_of_episodes(path):
+        return vd4rl.load(path=path, clip_actions=clip_actions, **card_fields)
     if path.suffix.lower() == ".npz":
         arrays, card = read_npz(path)
     else:
@@ -332,6 +336,10 @@ def read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
 
 def save(dataset: Dataset, path: Path) -> Path:
     """See `Dataset.save`."""
+    if isinstance(dataset.observations, Frames):
+        from saferl.data import vd4rl
+
+        return vd4rl.save(dataset, path)
     if path.suffix.lower() not in (".npz", ".hdf5", ".h5"):
         raise SaferlError(f"cannot write {path}: name it .npz or .hdf5")
     arrays = {name: getattr(dataset, name) for name in Dataset.FIELDS}

@@ -9,6 +9,7 @@ import numpy as np
 
 from saferl.data import validate
 from saferl.data.dataset import QUANTILES, Dataset
+from saferl.data.frames import Frames
 from saferl.errors import SaferlError, unknown
 
 MANY_COLUMNS = 12  # more state or action columns than this are summed up, not listed
@@ -22,7 +23,11 @@ def coverage(dataset: Dataset) -> dict[str, Any]:
     there; ``action_counts`` for discrete actions; ``duplicates``, rows that repeat an earlier
     row's observation, action and reward exactly.
     """
-    flat = dataset.observations.reshape(len(dataset), -1)
+    observations = dataset.observations
+    if isinstance(observations, Frames):  # one column for all pixels
+        flat = observations.frames.reshape(-1, 1)
+    else:
+        flat = observations.reshape(len(dataset), -1)
     values: dict[str, Any] = {
         "observation_min": flat.min(0).tolist(),
         "observation_max": flat.max(0).tolist(),

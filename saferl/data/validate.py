@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from saferl.data.frames import Frames
 from saferl.errors import SaferlError
 
 CHUNK = 65536  # rows
@@ -145,10 +146,12 @@ def flags(name: str, values: Any, n: int) -> np.ndarray:
 
 def states(name: str, values: Any, n: int) -> np.ndarray:
     """``[N, *O]`` float32, or uint8 as it is."""
-    array = _array(name, values)
+    array = values if isinstance(values, Frames) else _array(name, values)
     _same_length(name, array, n)
     if array.ndim == 1:
         array = array[:, None]
+    if isinstance(array, Frames):
+        return array
     kind = np.uint8 if array.dtype == np.uint8 else np.float32
     with np.errstate(over="ignore"):  # what overflows becomes inf, and `check_finite` names it
         return np.ascontiguousarray(array, dtype=kind)
@@ -324,6 +327,8 @@ def row_hashes(*arrays: np.ndarray) -> np.ndarray:
 
 def duplicate_rows(observations, actions, rewards) -> int:
     """Rows that repeat an earlier row's observation, action and reward bit for bit."""
+    if isinstance(observations, Frames):
+        observations = observations.hashes
     hashes = row_hashes(observations, actions, rewards)
     hashes.sort()
     return int((hashes[1:] == hashes[:-1]).sum())
@@ -350,6 +355,8 @@ def _suspicious(data: dict, card: Any) -> list[str]:
                 f"{_share(int((lengths > card.horizon).sum()), len(lengths))} episodes are longer "
                 f"than the horizon of {card.horizon} steps (longest {lengths.max()})"
             )
+    if isinstance(observations, Frames):  # successors are next frames by construction
+        return found
     apart = 0
     for part in chunks(n - 1):
         stop = min(part.stop, n - 1)

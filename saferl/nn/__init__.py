@@ -1,6 +1,7 @@
-"""Member-batched networks: perceptrons, value ensembles, actors, a VAE and the exported policy."""
+"""Member-batched networks: perceptrons, values, actors, a VAE, encoders of pixels, the policy."""
 
 from saferl.nn.critics import DiscreteQEnsemble, QEnsemble, VEnsemble, polyak
+from saferl.nn.encoders import Encoder, PixelActor, PixelCritic, Trunk, random_shift
 from saferl.nn.mlp import MLP, PRECISIONS, compute_in, orthogonal, torch_default, xavier
 from saferl.nn.policies import (
     CategoricalActor,
@@ -18,14 +19,19 @@ __all__ = [
     "CategoricalActor",
     "DeterministicActor",
     "DiscreteQEnsemble",
+    "Encoder",
     "GaussianActor",
+    "PixelActor",
+    "PixelCritic",
     "Policy",
     "QEnsemble",
     "TanhGaussianActor",
+    "Trunk",
     "VEnsemble",
     "compute_in",
     "orthogonal",
     "polyak",
+    "random_shift",
     "torch_default",
     "xavier",
 ]

@@ -36,9 +36,12 @@ class DeterministicActor(nn.Module):
         action_dim: int,
         hidden: tuple[int, ...],
         layer_norm: bool = False,
+        hidden_init: Initialiser = torch_default,
+        final_init: Initialiser = torch_default,
     ):
         super().__init__()
-        self.mlp = MLP(init, (observation_dim, *hidden, action_dim), layer_norm=layer_norm)
+        sizes = (observation_dim, *hidden, action_dim)
+        self.mlp = MLP(init, sizes, 1, layer_norm, hidden_init, final_init)
 
     def forward(self, observations: Tensor) -> Tensor:
         """``[M, B, O]`` to ``[M, B, A]``."""

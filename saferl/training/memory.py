@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saferl.data.buffer import ReplayBuffer, free_memory, human
+from saferl.data.buffer import buffer_class, free_memory, human
 from saferl.errors import SaferlError
 from saferl.spec import Spec
 
@@ -179,7 +179,7 @@ def estimate(
     state, each = last.kept, last.peak
     if count > 1:
         state, each = last.kept - one.kept, last.peak - one.peak
-    size = 0 if memory_map else rows * one.width * 4
+    size = 0 if memory_map else int(rows * one.width * 4)
     return Estimate(
         members=count,
         device=device,
@@ -255,7 +255,7 @@ class Probe(NamedTuple):
 
     kept: int  # between updates
     peak: int  # at the peak of an update
-    width: int  # floats in a row of the buffer
+    width: float  # floats of memory for a row of the buffer
 
 
 def probe(
@@ -279,17 +279,17 @@ def probe(
         agent = cls(spec, config, members, device, precision)
         if dataset is not None:
             agent.fit(dataset.subset(min(FIT_ROWS, len(dataset))), lambda line: None)
-        buffer = ReplayBuffer(
+        buffer = buffer_class(spec)(
             spec, config.batch_size, range(members), device, costs, cls.needs_returns
         )
         buffer.size = buffer.capacity
-        rows = buffer.rows.nbytes
+        rows = buffer.nbytes
         updates = {agent.pattern(update): update for update in reversed(CANDIDATES)}.values()
         for _ in range(2):  # the first round makes the optimisers' state and the gradients
             for update in sorted(updates):
                 agent.updates = update - 1
                 agent.update(buffer.sample(agent.batch_rows))
-        return Probe(ledger.bytes - rows, ledger.peak - rows, buffer.rows.shape[1])
+        return Probe(ledger.bytes - rows, ledger.peak - rows, buffer.width)
 
 
 def _count(members: int) -> str:

@@ -22,7 +22,9 @@ AGENTS = names("agents")
 LAYERS = ("hidden", "critic_hidden", "value_hidden", "vae_hidden")
 SMALL = {key: [8, 8] for key in LAYERS} | {"samples": 2, "batch_size": 16}
 SMALL |= {"inner_steps": 2, "random_steps": 1, "start_steps": 0}
+SMALL |= {"channels": [4, 4], "strides": [2, 1], "features": 6}
 ROWS, OBS, ACT = 64, 3, 2
+IMAGE = (3, 9, 10)
 # Settings without which a field has no effect.
 NEEDS = {
     "target_gap": {"lagrange": True},
@@ -37,16 +39,28 @@ def cls(request) -> type[Agent]:
     return agent_class(request.param)
 
 
+def observations(cls, rng: np.random.Generator, *rows: int) -> np.ndarray:
+    if cls.pixels:
+        return rng.integers(256, size=(*rows, *IMAGE), dtype=np.uint8)
+    return rng.normal(2, 3, (*rows, OBS))
+
+
+def flat(cls, *rows: int) -> torch.Tensor:
+    """Raw observations as a policy gets them."""
+    raw = observations(cls, np.random.default_rng(1), *rows).astype(np.float32)
+    return torch.from_numpy(raw).flatten(len(rows))
+
+
 def dataset_for(cls) -> Dataset:
     rng = np.random.default_rng(0)
     ends = np.arange(ROWS) % 8 == 7
     return Dataset.from_arrays(
-        rng.normal(2, 3, (ROWS, OBS)),
+        observations(cls, rng, ROWS),
         rng.integers(4, size=ROWS) if cls.discrete else rng.uniform([-2, 0], [2, 10], (ROWS, ACT)),
         rng.normal(size=ROWS),
         ends & (rng.random(ROWS) < 0.5),
         ends,
-        rng.normal(2, 3, (ROWS, OBS)),
+        observations(cls, rng, ROWS),
         costs=rng.random(ROWS),
         id="conformance",
         **({"n_actions": 4} if cls.discrete else {"action_low": (-2, 0), "action_high": (2, 10)}),
@@ -144,7 +158,7 @@ def test_a_member_among_others_is_that_member_alone(cls):
         torch.testing.assert_close(tensor[1], mine[key][0], rtol=1e-4, atol=1e-5, msg=key)
     if cls.discrete:
         return
-    rows = torch.randn(1, 50, OBS, generator=torch.Generator().manual_seed(0))
+    rows = flat(cls, 1, 50)
     together = three.agent.policy()(rows.expand(3, -1, -1))
     torch.testing.assert_close(together[1], alone.agent.policy()(rows)[0], rtol=1e-4, atol=1e-4)
 
@@ -212,6 +226,12 @@ def test_the_other_kind_of_action_space_is_an_error(cls):
         cls(wrong, make_config(cls), 1)
 
 
+def test_the_other_kind_of_observations_is_an_error(cls):
+    spec = dataclasses.replace(Setup(cls).spec, image=() if cls.pixels else IMAGE)
+    with pytest.raises(SaferlError, match="learns from .* but the task's observations are"):
+        cls(spec, make_config(cls), 1)
+
+
 def test_every_field_is_documented_and_frozen(cls):
     config = make_config(cls)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -222,10 +242,10 @@ def test_every_field_is_documented_and_frozen(cls):
 
 
 def test_policy_maps_raw_observations_to_raw_actions(cls):
-    setup = Setup(cls, normalize_observations=True)
+    setup = Setup(cls, normalize_observations=not cls.pixels)
     setup.train(3)
     policy = setup.agent.policy()
-    raw = 10 * torch.randn(3, 40, OBS, generator=torch.Generator().manual_seed(1))
+    raw = flat(cls, 3, 40)
     for actions in (policy(raw), policy.sample(raw, MemberRandom((5, 6, 7)))):
         if cls.discrete:
             assert actions.shape == (3, 40)
