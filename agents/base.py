@@ -301,8 +301,15 @@ class Agent:
                     f"{list(own[key].shape)} here: give both the same hidden layers and critics"
                 )
             taken[key] = tensor
-        if not any(key.startswith("actor.") for key in taken):
-            raise SaferlError("the run to start from has no actor like this agent's")
+        for name in ("actor.", "critic."):
+            mine, theirs = ({k for k in keys if k.startswith(name)} for keys in (own, state))
+            if mine != theirs:
+                kinds = "no" if not theirs else "another kind of"
+                raise SaferlError(
+                    f"the run to start from has {kinds} {name[:-1]} (in what differs: "
+                    f"{', '.join(sorted(mine ^ theirs)[:2])}): start from an agent of SAC's or "
+                    "CQL's family, and look at scale_log_std and the two layer_norm fields"
+                )
         for name in optimizers:  # whole or not at all: slots belong to parameters by their position
             shapes = [p.shape for p in getattr(self, name).param_groups[0]["params"]]
             slots = {k: v for k, v in taken.items() if k.startswith(f"{name}.")}

@@ -19,6 +19,8 @@ Without ``importance_sampling``, c = [Q(s,u_j), Q(s,a), Q(s,b_j), Q(s,q_j)], whi
 All losses are those of the parameters before the update, so the order of the steps changes nothing.
 Densities and proposed actions carry no gradient in L_Q: the critics' loss moves critics alone.
 
+``critic_layer_norm`` and ``actor_layer_norm`` are switches that CORL's code has not.
+
 Deviations from CORL's cql.py, otherwise followed:
 - every critic has ``critic_hidden`` layers (CORL's second critic ignores the configured depth);
 - log π(a|s) in the warm-up is that of the logged action (CORL returns a fresh sample's);
@@ -68,6 +70,8 @@ class CQLConfig(AgentConfig):
     automatic_entropy: bool = True  # False: κ = entropy_multiplier
     target_entropy: float = -1.0  # H̄ per action component, nats
     entropy_multiplier: float = 1.0
+    actor_layer_norm: bool = False
+    critic_layer_norm: bool = False
     orthogonal_init: bool = True  # of the critics; False: torch's, last layer Xavier with gain 0.01
     log_std_multiplier: float = 1.0  # trained m of log σ = m f(s) + c, at the start
     log_std_offset: float = -1.0  # trained c, at the start
@@ -81,12 +85,14 @@ class CQL(Agent):
         c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim
         start = c.log_std_multiplier, c.log_std_offset
         self.actor = TanhGaussianActor(
-            init, o, a, c.hidden, final_init=xavier(1e-2), scale_log_std=True, log_std_start=start
-        )
+            init, o, a, c.hidden, final_init=xavier(1e-2), scale_log_std=True, log_std_start=start,
+            layer_norm=c.actor_layer_norm,
+        )  # fmt: skip
         inits = torch_default, xavier(1e-2)
         if c.orthogonal_init:
             inits = orthogonal(), orthogonal(1e-2)
-        self.critic = QEnsemble(init, o, a, c.critic_hidden, c.critics, False, *inits)
+        layer_norm = c.critic_layer_norm
+        self.critic = QEnsemble(init, o, a, c.critic_hidden, c.critics, layer_norm, *inits)
         self.critic_target = self.target_of(self.critic)
         self.log_temperature = nn.Parameter(torch.zeros(self.members, device=self.device))  # k
         self.log_multiplier = nn.Parameter(  # z
@@ -132,7 +138,8 @@ class CQL(Agent):
             target = batch.rewards + self.scalar("discount") * (1 - batch.terminals) * next_q
 
         actions = torch.cat((uniform, there, here, batch.actions.unsqueeze(2)), 2)
-        values = self.critic.many(batch.observations, actions)  # [M, E, B, 3N + 1]
+        # [M, E, B, 3N + 1]
+        values = self.calibrate(self.critic.many(batch.observations, actions), batch)
         proposed, q = values[..., :-1], values[..., -1]
         if c.importance_sampling:
             density = torch.full_like(there_density, -a * math.log(2))
@@ -154,6 +161,10 @@ class CQL(Agent):
                 proposed[..., : c.samples].detach().mean((1, 2, 3)) - q.detach().mean((1, 2))
             ),
         }
+
+    def calibrate(self, values: Tensor, batch: Batch) -> Tensor:
+        """What the penalty and L_Q see of values at u, b, q and a, ``[M, E, B, 3N + 1]``."""
+        return values
 
     def _improve(
         self, batch: Batch, mean: Tensor, log_std: Tensor, noise: Tensor

@@ -1,9 +1,9 @@
 """Settings of agents that act in an environment while they learn.
 
 A run of such an agent takes rows from a dataset, from the environments that its members act in, or
-from both (`saferl.training.hybrid`). An update is made of ``inner_steps`` critic steps, each on
-``batch_size`` rows; where its rows come from is decided once per update, so that an update is also
-a block of one source. The update-to-data ratio counts critic steps per environment step.
+from both (`saferl.training.hybrid`). Where the rows of an update come from is decided once; an
+update may be made of several critic steps (``inner_steps`` of SAC and its relatives), and is then a
+block of one source. The update-to-data ratio counts critic steps per environment step.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ SHARES = ("constant", "annealed", "proportional")
 class HybridConfig(AgentConfig):
     """Fields of agents that act in an environment while they learn."""
 
-    inner_steps: int = 1  # K, critic steps per update, each on a batch of its own
-    utd: float = 0.0  # critic steps per environment step; 0: inner_steps, one update per step
-    fresh_batches: bool = True  # False: all critic steps of an update see one batch
+    utd: float = 0.0  # critic steps per environment step; 0: one update per step
     sampling: str = (
         "mixed"  # mixed: a share of every batch; block, alternate: one source per update
     )
@@ -45,14 +43,14 @@ class HybridConfig(AgentConfig):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
         for name, least in {
-            "inner_steps": 1, "anneal_steps": 0, "offline_steps": 0, "random_steps": 0,
+            "anneal_steps": 0, "offline_steps": 0, "random_steps": 0,
             "start_steps": 0, "online_capacity": 0,
         }.items():  # fmt: skip
             at_least(self, name, least)
         between(self, "offline_share", 0, 1)
         between(self, "final_share", 0, 1)
         if not 0 <= self.utd < math.inf:
-            raise SaferlError(f"utd is a number above 0, or 0 for inner_steps, got {self.utd:g}")
+            raise SaferlError(f"utd is above 0, or 0 for one update per step, got {self.utd:g}")
         for budget in per_member(self, "exploration_budget"):
             if not budget >= 0:
                 raise SaferlError(
@@ -70,7 +68,12 @@ class HybridConfig(AgentConfig):
     @property
     def updates_per_step(self) -> float:
         """Updates per environment step."""
-        return (self.utd or self.inner_steps) / self.inner_steps
+        return self.utd / self.critic_steps if self.utd else 1.0
+
+    @property
+    def critic_steps(self) -> int:
+        """Critic steps per update."""
+        return 1
 
 
 def at_least(config: Any, name: str, least: int) -> None:

@@ -36,7 +36,7 @@ from saferl.rng import MemberRandom
 
 from .base import Agent, Metrics
 from .costs import CostConfig, CostLimited
-from .hybrid import HybridConfig
+from .hybrid import HybridConfig, at_least
 
 ACTOR_STEPS = ("each", "last", "all")
 ACTOR_VALUES = ("min", "mean")
@@ -47,6 +47,8 @@ INITS = {"torch": torch_default, "xavier": xavier(), "orthogonal": orthogonal()}
 class SACConfig(CostConfig, HybridConfig):
     """Defaults: the authors' second version; where there is a dataset, it is half of each batch."""
 
+    inner_steps: int = 1  # K, critic steps per update, each on a batch of its own
+    fresh_batches: bool = True  # False: all critic steps of an update see one batch
     critic_hidden: tuple[int, ...] = ()  # units of each critic's hidden layers; empty: as hidden
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4
@@ -55,7 +57,8 @@ class SACConfig(CostConfig, HybridConfig):
     target_entropy: float = -1.0  # H̄ per action component, nats
     tau: float = 0.005  # Polyak rate of the target critics per critic step
     critics: int = 2  # ensemble size E
-    target_critics: int = 0  # critics whose least is the target, drawn without replacement; 0: all
+    target_critics: int = 0  # critics Z whose least is the target, drawn for each step; 0: all
+    target_replacement: bool = False  # whether one of Z may be drawn twice
     actor_value: str = "min"  # of the ensemble in the actor's loss; or mean
     actor_steps: str = "each"  # with every critic step; last, all: once per update, on those rows
     entropy_backup: bool = True  # -α log π(a'|s') in the target
@@ -72,11 +75,16 @@ class SACConfig(CostConfig, HybridConfig):
                             ("init", INITS)):  # fmt: skip
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
+        at_least(self, "inner_steps", 1)
         if not 0 <= self.target_critics <= self.critics or self.critics < 1:
             raise SaferlError(
                 f"the target takes target_critics = {self.target_critics} of critics = "
                 f"{self.critics}: give 1 or more critics, and 0 (all) to as many for the target"
             )
+
+    @property
+    def critic_steps(self) -> int:
+        return self.inner_steps
 
 
 class SAC(CostLimited, Agent):
@@ -173,7 +181,10 @@ class SAC(CostLimited, Agent):
         )
         q = self.critic_target(batch.next_observations, actions)
         if 0 < c.target_critics < c.critics:
-            chosen = self.random.uniform(c.critics).topk(c.target_critics).indices
+            if c.target_replacement:
+                chosen = self.random.integers(c.critics, c.target_critics)
+            else:
+                chosen = self.random.uniform(c.critics).topk(c.target_critics).indices
             q = q.gather(1, chosen[..., None].expand(-1, -1, q.shape[-1]))
         following = q.amin(1)
         if c.entropy_backup:

@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from saferl.evaluation import evaluate
     from saferl.nn import Policy
     from saferl.registry import make_env, register_agent, register_dataset
-    from saferl.training import evaluate_run, load_agent, make_agent, merge, resume, split, train
+    from saferl.training import (
+        evaluate_run,
+        gathered,
+        load_agent,
+        make_agent,
+        merge,
+        resume,
+        split,
+        train,
+    )
 
 __version__ = "0.1.0"
 
@@ -33,6 +42,7 @@ _HOMES = {
     "SaferlError": "saferl.errors",
     "evaluate": "saferl.evaluation",
     "evaluate_run": "saferl.training",
+    "gathered": "saferl.training",
     "load_agent": "saferl.training",
     "load_dataset": "saferl.data",
     "make_agent": "saferl.training",
@@ -52,6 +62,7 @@ __all__ = [
     "SaferlError",
     "evaluate",
     "evaluate_run",
+    "gathered",
     "load_agent",
     "load_dataset",
     "make_agent",

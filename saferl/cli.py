@@ -145,7 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("output", type=Path, help="file to write (.npz or .hdf5)")
     p.add_argument("--env", help="default: the run's")
     p.add_argument("--steps", type=int, default=100_000, help="transitions, whole episodes")
-    p.add_argument("--member", type=int, default=0, help="which member of the run acts")
+    p.add_argument("--member", type=int, help="which member of the run acts (default: 0)")
+    p.add_argument("--gathered", action="store_true", help="write what the run's members gathered "
+                   "while they learned instead (of all, or of --member)")  # fmt: skip
     p.add_argument("--deterministic", action="store_true", help="the policy's mode, no sampling")
     p.add_argument("--seed", type=int, default=0, help="of the first episode")
     _machine(p)
@@ -283,8 +285,9 @@ def _list(options) -> None:
                 cls = registry.agent_class(name)
                 kind = "discrete" if cls.discrete else "continuous"
                 kind += " pixels" if cls.pixels else ""
+                acts = "acts" if cls.acts else ""
                 doc = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
-                print(f"  {name:14} {kind:11} {doc}")
+                print(f"  {name:14} {kind:11} {acts:5} {doc}")
         elif what == "datasets":
             for prefix in registry.names("datasets"):
                 loader = registry.dataset_loader(prefix)
@@ -329,13 +332,18 @@ def _collect(options) -> None:
     _set_threads(options.threads)
     from saferl.data import Dataset
     from saferl.evaluation import collect_transitions
-    from saferl.training import load_agent
+    from saferl.training import gathered, load_agent
     from saferl.training.run import RunFolder
 
     policy, env = None, options.env
+    if options.gathered:
+        dataset = gathered(options.source, options.member)
+        dataset.save(options.output)
+        print(f"wrote {options.output}: {dataset}")
+        return
     if options.source != "random":
         agent = load_agent(options.source, device=options.device)
-        policy = agent.policy().member(options.member)
+        policy = agent.policy().member(options.member or 0)
         env = env or RunFolder(options.source).config()["env"]
     if env is None:
         raise SaferlError("no environment is known: pass --env ID")

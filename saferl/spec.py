@@ -144,6 +144,22 @@ class Spec:
             np.float32
         )
 
+    # The way back, to rounding.
+
+    def raw_observations(self, observations: np.ndarray) -> np.ndarray:
+        if not self.observation_mean:
+            return observations
+        std, mean = (np.float32(x) for x in (self.observation_std, self.observation_mean))
+        return observations * std + mean
+
+    def raw_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Continuous ones."""
+        low, high = np.float32(self.action_low), np.float32(self.action_high)
+        return low + (high - low) * (actions + 1) / 2
+
+    def raw_rewards(self, rewards: np.ndarray) -> np.ndarray:
+        return (rewards - np.float32(self.reward_shift)) / np.float32(self.reward_scale)
+
 
 def _moments(observations: np.ndarray, chunk: int = 65536) -> tuple[Floats, Floats]:
     """Mean and standard deviation (+ 1e-3) per component, in float64 without a full-size copy."""

@@ -137,7 +137,9 @@ class Slots:
             self.close()
             raise
         own = getattr(getattr(first, "spec", None), "max_episode_steps", None)
-        self.horizon = int(horizon or own or HORIZON)
+        own = own or getattr(first, "_max_episode_steps", None)  # a TimeLimit round a bare class
+        self.known_horizon = int(horizon or own or 0)  # 0: nobody says
+        self.horizon = self.known_horizon or HORIZON
         self.observations = np.zeros((count, self.spaces.observation_dim), np.float32)
         self.rewards, self.costs = np.zeros(count), np.zeros(count)
         self.terminals, self.timeouts = np.zeros(count, bool), np.zeros(count, bool)

@@ -61,7 +61,7 @@ def convert(
     if not horizon >= 1:
         raise SaferlError(
             "a cost limit needs the number of steps of an episode: give the dataset its horizon, "
-            "as in Dataset.with_card(horizon=1000)"
+            "as in Dataset.with_card(horizon=1000), or the environment a gymnasium TimeLimit"
         )
     values = discount.tolist() if hasattr(discount, "tolist") else discount
     for value in np.ravel(values):

@@ -217,6 +217,11 @@ class Shield:
         """
         self._account.observe(cost, ended)
 
+    def count(self, cost: Any, ended: Any = False) -> None:
+        """A step that was made and is only counted: as a call and `observe`, without a decision."""
+        self._account.acted()
+        self._account.observe(cost, ended)
+
     @property
     def remaining(self) -> np.ndarray | None:
         """Budget left ``[N]``, negative where it is overspent; None without a limit."""

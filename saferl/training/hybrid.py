@@ -10,6 +10,9 @@ run resets the environment with that seed and takes the same actions again, so i
 stood, in any environment that its seed and the actions determine. Where another observation comes
 back, that member begins a new episode, and the run says so.
 
+A guard (`saferl.safety.Shield`) per member may stand between what the policy proposes and what is
+done; rows hold what was done.
+
 An environment that fails ends the call of `HybridEngine.run` before the step; the rest is in order.
 After a resume, the member it belongs to begins a new episode, since the old one would fail again.
 """
@@ -43,6 +46,8 @@ class HybridEngine(Engine):
         steps: of the whole run.
         offline: rows of a dataset, or None.
         names: of the members, for what is said.
+        guard: makes the guard of a member from its policy, a function of raw observations
+            ``[N, O]`` with an attribute ``spec``; None: nothing stands between.
         say: receives what a user should know in mid-run.
 
     Raises:
@@ -56,6 +61,7 @@ class HybridEngine(Engine):
         steps: int,
         offline: ReplayBuffer | None = None,
         names: Sequence[str] | None = None,
+        guard: Callable[[Any], Any] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ):
         c, seeds = agent.config, agent.seeds
@@ -63,14 +69,14 @@ class HybridEngine(Engine):
         self.acting = steps - c.offline_steps  # environment steps of the run
         if c.offline_steps and offline is None:
             raise SaferlError("offline_steps update on a dataset: pass --dataset")
-        if self.acting < 1:
+        if self.acting < 0:
             raise SaferlError(
-                f"offline_steps = {c.offline_steps} leaves none of {steps} steps to act in the "
-                "environment: train for more --steps"
+                f"offline_steps = {c.offline_steps} is more than the {steps} steps of the run: "
+                "train for more --steps, or set it lower"
             )
         costs = True if offline is None else offline.costs
         self.online = OnlineBuffer(
-            agent.spec, c.online_capacity or self.acting, seeds, agent.device, costs,
+            agent.spec, c.online_capacity or max(1, self.acting), seeds, agent.device, costs,
             agent.needs_returns,
         )  # fmt: skip
         super().__init__(agent, Mixture(c, offline, self.online, seeds))
@@ -93,6 +99,9 @@ class HybridEngine(Engine):
         self.actions = np.zeros((len(seeds), slots.horizon, *shape), kind)  # of running episodes
         self.episodes = np.zeros((len(seeds), 3))  # return, cost, length so far
         self.finished = np.zeros((len(seeds), 4))  # their sums since the last reading, and count
+        self.proposals = [_Proposal(agent.spec) for _ in seeds]
+        self.guards = [guard(proposal) for proposal in self.proposals] if guard else []
+        self.replaced = np.zeros((len(seeds), 2))  # since the last reading, and steps
         self.last = np.zeros((len(seeds), 4))  # their means at the last reading; 1 once known
 
     def _need_costs(self) -> None:
@@ -139,12 +148,16 @@ class HybridEngine(Engine):
         try:
             for m in np.flatnonzero(self.exploring & ~slots.running):
                 slots.start(m, int(slots.episode[m]) + 1)
+                if self.guards:
+                    self.guards[m].reset()
         except SaferlError as error:
             self._fail(error)
             return False
         drawn = [generator.get_state() for generator in self.random.generators]
         actions = slots.act(self._choose, len(slots.envs))
         which = np.flatnonzero(slots.running)
+        if self.guards:
+            actions = self._guarded(actions, which)
         before, elapsed = slots.observations.copy(), slots.elapsed.copy()
         self.actions[which, elapsed[which]] = actions[which]
         try:
@@ -157,6 +170,15 @@ class HybridEngine(Engine):
             return False
         self._store(which, before, actions, ended)
         return True
+
+    def _guarded(self, proposed: np.ndarray, which: np.ndarray) -> np.ndarray:
+        """What the guards of the members ``which`` let through."""
+        actions = proposed.copy()
+        for m in which:
+            self.proposals[m].action = proposed[m]
+            actions[m] = self.guards[m](self.slots.observations[m])
+            self.replaced[m] += (not np.array_equal(actions[m], proposed[m]), 1)
+        return self.slots.spaces.clip(actions)
 
     def _fail(self, error: SaferlError) -> None:
         slots = self.slots
@@ -184,6 +206,9 @@ class HybridEngine(Engine):
         """What the members ``which`` did goes to their buffers, their books and their budgets."""
         slots = self.slots
         over = np.isin(which, ended)
+        if self.guards:
+            for m, end in zip(which, over):
+                self.guards[m].observe(slots.costs[m], end)
         self.online.append(
             which, over, before[which], actions[which], slots.rewards[which],
             slots.observations[which], slots.terminals[which], slots.costs[which],
@@ -215,7 +240,8 @@ class HybridEngine(Engine):
         """Metrics as in `Engine`, and what exploring cost and brought.
 
         ``exploration_cost``: cost of all environment steps so far; ``train_return``, ``train_cost``
-        and ``train_length``: means of the episodes that ended since the last reading.
+        and ``train_length``: means of the episodes that ended since the last reading;
+        ``guard_changed``: share of the steps since then at which a guard chose another action.
         """
         means = super().read()
         some = self.finished[:, 3] > 0
@@ -224,6 +250,9 @@ class HybridEngine(Engine):
             self.finished[:] = 0
             if self.last[:, 3].all():
                 means |= {f"train_{name}": self.last[:, i].copy() for i, name in enumerate(EPISODE)}
+        if self.guards and self.replaced[:, 1].all():
+            means["guard_changed"] = self.replaced[:, 0] / self.replaced[:, 1]
+            self.replaced[:] = 0
         if self.slots.has_costs:
             means["exploration_cost"] = self.spent.copy()
         return means
@@ -232,9 +261,9 @@ class HybridEngine(Engine):
         slots, state = self.slots, super().state_dict()
         for name, array in {
             "spent": self.spent, "exploring": self.exploring, "episodes": self.episodes,
-            "finished": self.finished, "last": self.last, "actions": self.actions,
-            "episode": slots.episode, "elapsed": slots.elapsed, "running": slots.running,
-            "observations": slots.observations,
+            "finished": self.finished, "last": self.last, "replaced": self.replaced,
+            "actions": self.actions, "episode": slots.episode, "elapsed": slots.elapsed,
+            "running": slots.running, "observations": slots.observations,
         }.items():  # fmt: skip
             state[f"acting.{name}"] = torch.from_numpy(array.copy())
         state["acting.random"] = self.random.state_dict()["state"]
@@ -249,7 +278,8 @@ class HybridEngine(Engine):
         self.steps, self.buffer.steps = int(state["steps"]), int(state["acted"])
         slots.has_costs = bool(state["has_costs"])
         values = {name: tensor.numpy().copy() for name, tensor in acting.items()}
-        for name in ("spent", "exploring", "episodes", "finished", "last", "actions"):
+        own = ("spent", "exploring", "episodes", "finished", "last", "replaced", "actions")
+        for name in own:
             setattr(self, name, values[name])
         slots.episode[:] = values["episode"]
         same = np.zeros(len(self.names), bool)
@@ -270,10 +300,14 @@ class HybridEngine(Engine):
         slots.running[:] = False
         try:
             slots.start(member, int(slots.episode[member]))
+            if self.guards:
+                self.guards[member].reset()
             for step in range(elapsed):
                 slots.step(self.actions[:, step])
                 if not slots.running[member]:
                     return False
+                if self.guards:
+                    self.guards[member].count(slots.costs[member])
         except SaferlError:
             return False
         return np.array_equal(slots.observations[member], observation)
@@ -282,8 +316,23 @@ class HybridEngine(Engine):
         self.slots.close()
 
 
-def returns_to_go(agent: Any, dataset: Any) -> np.ndarray:
-    """Of every row ``[N]``, in the agent's units; -inf after the last complete episode."""
+class _Proposal:
+    """What a guard is made round: gives the action that the member's policy has drawn already."""
+
+    def __init__(self, spec: Any):
+        self.spec, self.action = spec, None
+
+    def __call__(self, observations: np.ndarray) -> np.ndarray:
+        return self.action[None]
+
+
+def returns_to_go(agent: Any, dataset: Any) -> np.ndarray | None:
+    """Of every row ``[N]``, in the agent's units; -inf after the last complete episode.
+
+    None where the agent does not ask for them (`Agent.needs_returns`).
+    """
+    if not agent.needs_returns:
+        return None
     rewards = agent.spec.rewards(dataset.rewards)
     found = np.full(len(dataset), -np.inf, np.float32)
     for start, stop in dataset.episodes:

@@ -21,6 +21,7 @@ from saferl.errors import SaferlError
 from saferl.io import atomic_write, write_text
 
 ADVICE = "earlier files are intact: free space, then continue with `saferl train --resume RUN`"
+OBJECT = "a Python object"  # stands in config.yaml for a Dataset or environment that has no name
 KEPT_CHECKPOINTS = 2  # the last and, should the disk lose it, the one before
 
 

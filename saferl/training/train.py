@@ -25,9 +25,7 @@ from saferl.training.engine import Engine, check_precision, part, pick_engine
 from saferl.training.hybrid import HybridEngine, returns_to_go
 from saferl.training.loop import Loop, Run
 from saferl.training.memory import announce, is_out_of_memory
-from saferl.training.run import RunFolder
-
-OBJECT = "a Python object"  # stands in config.yaml for a Dataset or environment that has no name
+from saferl.training.run import OBJECT, RunFolder
 
 
 def make_agent(
@@ -78,6 +76,7 @@ def train(
     checkpoint_interval: int | None = None,
     memory_map: str | Path | None = None,
     start_from: str | Path | None = None,
+    guard: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> Run:
     """Train M members of an agent and evaluate them.
@@ -111,6 +110,8 @@ def train(
         memory_map: hold the dataset's rows in this file instead of memory.
         start_from: folder of a run whose networks and optimisers this one begins with
             (`Agent.warm_start`), in that run's units of observations and rewards.
+        guard: for agents that act: ``guard(policy)`` returns the `Shield` that stands between a
+            member's policy and its environment in training; called once per member.
         progress: print progress.
 
     Returns:
@@ -134,10 +135,14 @@ def train(
         raise SaferlError("neither a dataset nor an environment was given: pass --dataset or --env")
     limits = [check_limit(limit) for limit in cost_limits]
     cls, settings = agent_class(agent), dict(settings or {})
+    if start_from is not None:
+        settings = _sizes_of(start_from, cls) | settings
     if dataset is None and cls.needs_dataset:
         raise SaferlError(
             f"{agent} learns from a dataset: pass --dataset (from an environment alone: sac)"
         )
+    if guard is not None and not cls.acts:
+        raise SaferlError(f"{agent} acts in no environment while it learns: leave out guard")
     torch_device = pick_device(device)
     _check_machine(cls.acts, engine, precision, torch_device)
 
@@ -173,10 +178,13 @@ def train(
         "threads": threads,
         "precision": precision,
         "start_from": None if start_from is None else str(start_from),
+        "guard": None if guard is None else OBJECT,
         "agent_config": _plain(dataclasses.asdict(config)),
     }
     folder = RunFolder(out) if out else _free_folder(agent, env if dataset is None else task)
-    return _execute(folder, plan, dataset, env, torch_device, engine, memory_map, False, progress)
+    return _execute(
+        folder, plan, dataset, env, guard, torch_device, engine, memory_map, False, progress
+    )
 
 
 def resume(
@@ -184,6 +192,7 @@ def resume(
     *,
     dataset: Dataset | None = None,
     env: Callable[[], Any] | None = None,
+    guard: Callable[[Any], Any] | None = None,
     steps: int | None = None,
     device: str = "auto",
     engine: str = "auto",
@@ -194,7 +203,7 @@ def resume(
 
     Args:
         run: its folder. Agent, settings and dataset are taken from it.
-        dataset, env: only where `train` was given an object, which a file cannot hold.
+        dataset, env, guard: only where `train` was given an object, which a file cannot hold.
         steps: train longer than planned.
 
     Raises:
@@ -205,7 +214,8 @@ def resume(
     plan = folder.config()
     torch_device = pick_device(device)
     _check_machine(agent_class(plan["agent"]).acts, engine, plan["precision"], torch_device)
-    for name, given in (("dataset", dataset), ("env", env)):
+    plan.setdefault("guard", None)
+    for name, given in (("dataset", dataset), ("env", env), ("guard", guard)):
         if plan[name] == OBJECT and given is None:
             raise SaferlError(
                 f"{run} was started with a Python object as {name}: continue it with "
@@ -228,7 +238,7 @@ def resume(
         folder.write_config(plan)
     environment = env if plan["env"] == OBJECT else plan["env"]
     return _execute(
-        folder, plan, dataset, environment, torch_device, engine, memory_map, True, progress
+        folder, plan, dataset, environment, guard, torch_device, engine, memory_map, True, progress
     )
 
 
@@ -237,6 +247,7 @@ def _execute(
     plan: dict[str, Any],
     dataset: Dataset | None,
     env: str | Callable[[], Any] | None,
+    guard: Callable[[Any], Any] | None,
     device: torch.device,
     engine_kind: str,
     memory_map: str | Path | None,
@@ -290,14 +301,14 @@ def _execute(
         buffer = None
         if rows is not None:
             file_said = say if memory_map is not None else _silent  # the rest is in `need`'s line
-            returns = returns_to_go(agent, rows) if cls.needs_returns else None
+            returns = returns_to_go(agent, rows)
             buffer = ReplayBuffer.from_dataset(
                 rows, spec, seeds, device, memory_map, file_said, returns
             )
         if slots is None:
             engine = Engine(agent, buffer, engine_kind)
         else:
-            engine = HybridEngine(agent, slots, plan["steps"], buffer, plan["members"], say)
+            engine = HybridEngine(agent, slots, plan["steps"], buffer, plan["members"], guard, say)
         if not resumed:
             if start is not None:
                 agent.warm_start(part(start[0], "agent."))
@@ -332,7 +343,7 @@ def _spec(rows: Dataset | None, slots: Slots | None, config: Any, start: tuple |
     spec = Spec.from_spaces(env.observation_space, env.action_space)
     return dataclasses.replace(
         spec,
-        horizon=slots.horizon,
+        horizon=slots.known_horizon,
         reward_scale=float(config.reward_scale),
         reward_shift=float(config.reward_shift),
     )
@@ -369,6 +380,13 @@ def _constrain(
     own = own if isinstance(own, (list, tuple)) else [own]
     own = [check_limit(limit, infinite=True) for limit in own]
     return [limit for limit in own if math.isfinite(limit)], settings
+
+
+def _sizes_of(run: str | Path, cls: type) -> dict[str, Any]:
+    """The sizes of networks that a run to start from has, as settings."""
+    config = RunFolder(run).config()["agent_config"]
+    names = ("hidden", "critic_hidden", "critics", "actor_layer_norm", "critic_layer_norm")
+    return {name: config[name] for name in names if name in config and hasattr(cls.Config, name)}
 
 
 def _check_machine(acts: bool, engine: str, precision: str, device: torch.device) -> None:

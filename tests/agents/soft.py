@@ -20,10 +20,14 @@ class Plain:
         c = self.c = agent.config
         self.member, self.components = member, agent.spec.action_dim
         self.actor, self.critics = Net(agent.actor.mlp, member), nets(agent.critic, member)
+        self.scale = []  # m and c of log σ = m f(s) + c
+        if c.scale_log_std:
+            both = agent.actor.multiplier, agent.actor.offset
+            self.scale = [x[member, 0].detach().clone().requires_grad_() for x in both]
         self.targets = [q.copy() for q in self.critics]
         self.log_temperature = torch.tensor(math.log(c.initial_temperature), requires_grad=True)
         self.random = MemberRandom(MEMBERS, stream=1)
-        self.actor_optimizer = self.optimizer(self.actor, lr=c.actor_lr)
+        self.actor_optimizer = self.optimizer(self.actor, *self.scale, lr=c.actor_lr)
         self.critic_optimizer = self.optimizer(*self.critics, lr=c.critic_lr)
         self.temperature_optimizer = self.optimizer(self.log_temperature, lr=c.temperature_lr)
 
@@ -35,6 +39,8 @@ class Plain:
 
     def draw(self, s: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = self.actor(s).chunk(2, -1)
+        if self.scale:
+            log_std = self.scale[0] * log_std + self.scale[1]
         normal = Normal(mean, log_std.clamp(self.c.log_std_min, 2).exp())
         raw = normal.mean + normal.stddev * noise
         slope = TanhTransform().log_abs_det_jacobian(raw, raw.tanh())
@@ -47,8 +53,12 @@ class Plain:
             a2, log_a2 = self.draw(s2, self.normal(len(s)))
             values = torch.stack([q(s2, a2)[:, 0] for q in self.targets])
             if c.target_critics:
-                order = self.random.uniform(c.critics)[self.member].argsort(descending=True)
-                values = values[order[: c.target_critics]]
+                if c.target_replacement:
+                    chosen = self.random.integers(c.critics, c.target_critics)[self.member]
+                else:
+                    order = self.random.uniform(c.critics)[self.member].argsort(descending=True)
+                    chosen = order[: c.target_critics]
+                values = values[chosen]
             ahead = values.min(0).values
             if c.entropy_backup:
                 ahead = ahead - alpha * log_a2
@@ -89,6 +99,9 @@ class Plain:
     def assert_is(self, agent) -> None:
         m = self.member
         self.actor.assert_is(agent.actor.mlp, m)
+        if self.scale:
+            torch.testing.assert_close(agent.actor.multiplier[m, 0], self.scale[0])
+            torch.testing.assert_close(agent.actor.offset[m, 0], self.scale[1])
         torch.testing.assert_close(agent.log_temperature[m], self.log_temperature)
         for e, (critic, target) in enumerate(zip(self.critics, self.targets)):
             critic.assert_is(agent.critic.mlp, m, e)

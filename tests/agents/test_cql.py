@@ -79,7 +79,7 @@ class Reference:
     def update(self, batch: Batch, penalty: bool = True) -> dict[str, Tensor]:
         c = self.c
         self.updates += 1
-        s, a, r, _, s2, terminal, _ = batch
+        s, a, r, _, s2, terminal, returns = batch
         backups = N if c.max_backup else 1
         noise = self.random.normal(B, 1 + 2 * N + backups, A)[self.member]
         uniform = 2 * self.random.uniform(B, N, A)[self.member] - 1
@@ -114,6 +114,8 @@ class Reference:
             for q in self.critics:
                 logged = q(s, a)
                 rows = [q(repeated, x)[..., 0] for x in (uniform, there, here)]
+                if returns is not None:  # Cal-QL: values of the policy's actions alone
+                    rows[1:] = [torch.maximum(values, returns[:, None]) for values in rows[1:]]
                 if c.importance_sampling:
                     densities = (math.log(0.5**A), log_there, log_here)
                     rows = [values - density for values, density in zip(rows, densities)]

@@ -17,6 +17,7 @@ from saferl.errors import SaferlError
 from saferl.registry import agent_class, names
 from saferl.rng import MemberRandom
 from saferl.spec import Spec
+from saferl.training.hybrid import returns_to_go
 
 AGENTS = names("agents")
 LAYERS = ("hidden", "critic_hidden", "value_hidden", "vae_hidden")
@@ -103,7 +104,9 @@ class Setup:
         self.spec = Spec.from_dataset(dataset, config)
         self.agent = cls(self.spec, config, members, device, precision)
         self.agent.fit(dataset, lambda line: None)
-        self.buffer = ReplayBuffer.from_dataset(dataset, self.spec, self.agent.seeds, device)
+        self.buffer = ReplayBuffer.from_dataset(
+            dataset, self.spec, self.agent.seeds, device, returns=returns_to_go(self.agent, dataset)
+        )
 
     def train(self, updates: int) -> dict[str, torch.Tensor]:
         metrics = {}

@@ -16,6 +16,7 @@ from saferl.data.buffer import OnlineBuffer, ReplayBuffer
 from saferl.data.mixture import Mixture
 from saferl.errors import SaferlError
 from saferl.evaluation.rollout import Slots
+from saferl.safety.shield import Shield
 from saferl.spec import Spec
 from saferl.training.hybrid import HybridEngine
 from saferl.training.loop import Loop
@@ -417,14 +418,14 @@ BAD = [
     ({"settings": {"exploration_budget": -1.0}}, "exploration_budget is a cost of 0 or more"),
     ({"settings": {"exploration_budget": 0.0}, "data": None}, "nothing to learn from: pass --data"),
     ({"settings": {"inner_steps": 0}}, "inner_steps must be 1 or more, got 0"),
-    ({"settings": {"utd": -1.0}}, "utd is a number above 0"),
+    ({"settings": {"utd": -1.0}}, "utd is above 0"),
     (
         {"settings": {"offline_share": 1.5}},
         "offline_share must be 0 or more and at most 1, got 1.5",
     ),
     ({"settings": {"sampling": "mixd"}}, "unknown sampling 'mixd': did you mean 'mixed'"),
     ({"settings": {"share_rule": "annealed"}}, "needs anneal_steps"),
-    ({"settings": {"offline_steps": 60}}, "leaves none of 60 steps to act"),
+    ({"settings": {"offline_steps": 61}}, "offline_steps = 61 is more than the 60 steps"),
     ({"settings": {"offline_steps": 6}, "data": None}, "pass --dataset"),
     ({"settings": {"target_critics": 3}}, "target_critics = 3 of critics = 2"),
     ({"settings": {"normalize_observations": True}, "data": None}, "no dataset to normalise by"),
@@ -461,3 +462,142 @@ def test_a_dataset_of_narrower_actions_is_a_warning(tmp_path, capsys):
     assert "takes actions in [-2, 2], but those of the data lie in [-1, 1], and so will" in out
     rows = RunFolder(run.path).load()[0]["engine.buffer.online.rows"]
     assert rows[..., 2].abs().max() <= 1  # normalised to [-1, 1] raw
+
+
+# A guard ------------------------------------------------------------------------------------------
+
+
+def still(observations):
+    return np.zeros((len(observations), 1), np.float32)
+
+
+def budgeted(policy):
+    return Shield(policy, fallback=still, cost_limit=3.0, horizon=20)
+
+
+def test_a_guard_stands_between_proposal_and_environment(tmp_path, monkeypatch):
+    """`Toll` costs ½ a step: after 6 steps of an episode the budget of 3 is spent."""
+    whole = quick(tmp_path / "whole", env=Toll, guard=budgeted)
+    state, _ = RunFolder(whole.path).load()
+    actions = state["engine.buffer.online.rows"][..., 2].unflatten(1, (3, 20))
+    assert (actions[:, :, :6] != 0).all() and (actions[:, :, 6:] == 0).all()
+    text = (whole.path / "metrics.csv").read_text().splitlines()
+    column = text[0].split(",").index("guard_changed")
+    assert float(text[1].split(",")[column]) == pytest.approx(1 / 7, rel=1e-6)  # of 7 steps
+    undo = interrupt_at(monkeypatch, 28)  # in mid-episode, with 4 of 6 steps spent
+    with pytest.raises(KeyboardInterrupt):
+        quick(tmp_path / "broken", env=Toll, guard=budgeted)
+    undo()
+    with pytest.raises(SaferlError, match="Python object as env"):
+        saferl.resume(tmp_path / "broken")
+    with pytest.raises(SaferlError, match="Python object as guard"):
+        saferl.resume(tmp_path / "broken", env=Toll)
+    saferl.resume(tmp_path / "broken", env=Toll, guard=budgeted, device="cpu", progress=False)
+    same(whole.path, tmp_path / "broken")
+
+
+def test_a_guard_is_for_agents_that_act(point, tmp_path):
+    with pytest.raises(SaferlError, match="acts in no environment while it learns"):
+        quick(tmp_path / "run", point, "td3_bc", guard=budgeted, settings={"hidden": [8]})
+
+
+# What was gathered --------------------------------------------------------------------------------
+
+
+def test_gathered_rows_are_a_dataset(point, tmp_path):
+    settings = TINY | {"normalize_observations": True, "reward_scale": 3.0, "reward_shift": 1.0}
+    run = quick(tmp_path / "run", point, steps=50, settings=settings)
+    data = saferl.gathered(run.path)
+    assert len(data) == 100 and data.episodes.tolist() == [
+        [0, 20], [20, 40], [40, 50], [50, 70], [70, 90], [90, 100],
+    ]  # fmt: skip
+    assert data.timeouts.sum() == 6 and not data.terminals.any()
+    assert data.card.env_id == ENV and data.card.action_high == (2.0,)
+    env = PointEnv()
+    for m in range(2):
+        observation, _ = env.reset(seed=m * 1_000_003)
+        for i in range(50 * m, 50 * m + 20):
+            np.testing.assert_allclose(data.observations[i], observation, atol=1e-5)
+            observation, reward, _, _, info = env.step(data.actions[i])
+            assert data.rewards[i] == pytest.approx(reward, abs=1e-5)
+            assert data.costs[i] == info["cost"]
+    np.testing.assert_allclose(data.next_observations[:19], data.observations[1:20], atol=1e-6)
+    one = saferl.gathered(run.path, member=1)
+    assert np.array_equal(one.observations, data.observations[50:])
+    # It trains again.
+    again = quick(tmp_path / "again", data, "bc", steps=5, settings={"hidden": [8]})
+    assert again.agent.updates == 5
+    with pytest.raises(SaferlError, match="no member 2"):
+        saferl.gathered(run.path, member=2)
+    with pytest.raises(SaferlError, match="learns from a dataset alone"):
+        saferl.gathered(again.path)
+
+
+def test_gathered_rows_of_a_full_ring_begin_with_the_oldest(tmp_path):
+    run = quick(tmp_path / "run", settings=TINY | {"online_capacity": 16}, env=Silent, steps=50)
+    data = saferl.gathered(run.path)
+    assert len(data) == 32 and data.costs is None
+    assert data.timeouts.nonzero()[0].tolist() == [5, 15, 21, 31]  # steps 34 … 49
+    assert np.array_equal(data.next_observations[:5], data.observations[1:6])
+
+
+def test_gathered_rows_go_to_minari_and_from_the_command_line(tmp_path, monkeypatch, capsys):
+    import minari
+
+    from saferl.cli import main
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    words = ["--set", "hidden=8", "--set", "batch_size=8", "--set", "random_steps=5", "--quiet"]
+    assert main(["train", "sac", "--env", ENV, "--steps", "45", "--members", "2", "--out", "run",
+                 "--eval-episodes", "1", *words]) == 0  # fmt: skip
+    assert main(["collect", "run", "all.npz", "--gathered"]) == 0
+    assert main(["collect", "run", "one.hdf5", "--gathered", "--member", "1"]) == 0
+    assert "90 rows" in capsys.readouterr().out
+    one = saferl.load_dataset("one.hdf5")
+    assert len(one) == 45
+    one.to_minari("test/online-v0")
+    back = saferl.load_dataset("minari/test/online-v0")
+    np.testing.assert_allclose(back.rewards, one.rewards)
+    np.testing.assert_allclose(back.costs, one.costs)
+    assert minari.load_dataset("test/online-v0").total_episodes == 3
+    assert main(["train", "moorl", "--dataset", "one.hdf5", "--env", ENV, "--steps", "20",
+                 "--members", "1", "--from", "run", *words]) == 2  # fmt: skip
+    assert "has 2 members and this one has 1" in capsys.readouterr().err
+
+
+# Under a limit ------------------------------------------------------------------------------------
+
+
+class Costly(gymnasium.Env):
+    """Ten steps, each paying (a + 1) / 2 and costing relu(a)²: with limit L, a = √(L / 10)."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        a = float(action[0])
+        return np.zeros(1, np.float32), (a + 1) / 2, False, self.t == 10, {"cost": max(a, 0) ** 2}
+
+
+def test_a_limit_is_kept_while_acting(tmp_path):
+    """Limits of 0.4, 2.5 and none: the first two policies stay near or below theirs."""
+    rates = {"actor_lr": 3e-3, "critic_lr": 3e-3, "temperature_lr": 3e-3, "tau": 0.05}
+    settings = {"hidden": [16], "batch_size": 64, "random_steps": 100, "discount": 0.9,
+                "cost_discount": 0.9, "initial_temperature": 0.05}  # fmt: skip
+    settings |= rates | {"multiplier_lr": 0.02, "cost_limit": [0.4, 2.5, np.inf]}
+    with pytest.raises(SaferlError, match="or the environment a gymnasium TimeLimit"):
+        quick(tmp_path / "run", env=Costly, settings=TINY | {"cost_limit": 1.0})
+    run = quick(tmp_path / "run", env=lambda: gymnasium.wrappers.TimeLimit(Costly(), 10),
+                members=1, steps=900, eval_interval=0, settings=settings)  # fmt: skip
+    costs = run.evaluation.at().matrix("costs").mean(1)
+    assert costs[2] > 7
+    assert costs[0] < 1.2 * 0.4 and 0.2 < costs[1] < 1.2 * 2.5, costs
+    multiplier = run.agent.constraint.multiplier()
+    assert multiplier[2] == 0 and multiplier[0] > 0

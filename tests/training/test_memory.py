@@ -68,7 +68,8 @@ def test_sixteen_members_are_within_a_tenth(cls):
     expected = estimate(cls, spec_of(cls), config, 16, rows=1000)
     with Ledger() as ledger:
         agent = cls(spec_of(cls), config, 16)
-        buffer = buffer_class(spec_of(cls))(spec_of(cls), 1000, range(16))
+        options = {"returns": True} if cls.needs_returns else {}
+        buffer = buffer_class(spec_of(cls))(spec_of(cls), 1000, range(16), **options)
         buffer.size = buffer.capacity
         for _ in range(4):
             agent.update(buffer.sample(agent.batch_rows))
@@ -91,12 +92,10 @@ def test_persistent_bytes_are_those_of_state_and_gradients(cls):
             if not key.startswith("random.")  # in the generators, not in tensors
         }
         for value in vars(setup.agent).values():  # limits in other units are not in the state
-            if isinstance(value, torch.Tensor):
-                tensors[id(value)] = value
-            elif isinstance(value, torch.nn.Module):
+            listed = value if isinstance(value, list) else [value]  # MOORL's copy is a list
+            tensors |= {id(one): one for one in listed if isinstance(one, torch.Tensor)}
+            if isinstance(value, torch.nn.Module):
                 tensors |= {id(buffer): buffer for buffer in value.buffers()}
-            elif isinstance(value, list):  # weights to come back to
-                tensors |= {id(t): t for t in value if isinstance(t, torch.Tensor)}
         gradients = [
             parameter.grad
             for value in vars(setup.agent).values()
@@ -324,7 +323,7 @@ agent, buffer = cls(spec, config, 16), ReplayBuffer(spec, 10_000, range(16))
 buffer.rows.uniform_()
 buffer.size = buffer.capacity
 for _ in range(6):
-    agent.update(buffer.sample(config.batch_size))
+    agent.update(buffer.sample(agent.batch_rows))
 print(found.total, status("VmHWM") - base)
 """
 

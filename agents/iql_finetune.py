@@ -1,0 +1,29 @@
+"""IQL, fine-tuned: agents/iql.py on a dataset first and then on the dataset and its own rows.
+
+The losses do not change; the policy acts by sampling. By default the dataset and the member's rows
+are drawn from as one buffer, as CORL's fine-tuning does. Give ``offline_steps``, or begin with the
+networks of an `iql` run (``--from RUN``).
+
+Deviation from CORL: the rate of the actor falls over ``actor_decay_steps`` updates of both phases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .hybrid import HybridConfig
+from .iql import IQL, IQLConfig
+
+
+@dataclass(frozen=True)
+class IQLFinetuneConfig(HybridConfig, IQLConfig):
+    """Defaults: `iql`'s, and CORL's one buffer for both sources."""
+
+    share_rule: str = "proportional"
+    random_steps: int = 0
+
+
+class IQLFinetune(IQL):
+    Config = IQLFinetuneConfig
+    acts = True
+    variants = IQL.variants | {"exploration_budget"}
