@@ -13,6 +13,13 @@ mean (in the gap and in a* too), θ̄ the targets' at (s', a*), and the first te
 
     mean Σ_i 1/K Σ_j |τ_i - 1(u_ij < 0)| huber_κ(u_ij) / κ,   u_ij = r + γ (1 - terminal) θ̄_j - θ_i
 
+Variants of Yan et al. (NeurIPS 2025, arXiv 2505.16242): with a guardian g(s, a) ∈ {0, 1} of the
+data (1: not supported), C = ``ood_value``, and the most frequent action of an episode its class,
+
+    GCQL    Q̄_e(s', a*) in y_e is C where g(s', a*) = 1                              ``guardian``
+    CCQL    episodes re-sampled, each class to the mean class size                   ``balance``
+    GCCQL   both
+
 Deviations:
 - the official Atari code takes a* from the targets; ``double=false`` does that;
 - a small perceptron replaces the convolutions, and Adam has torch's ε (1e-8);
@@ -22,8 +29,12 @@ Deviations:
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,8 +42,11 @@ from torch import Tensor
 from saferl.data.buffer import Batch
 from saferl.nn import DiscreteQEnsemble, polyak
 from saferl.rng import MemberRandom
+from saferl.safety.guardians import Guardian
+from saferl.safety.guardians.fitting import fit_guardian, guardian_for, split
 
 from .base import Agent, AgentConfig, Metrics
+from .rollouts import Answers, options
 
 
 @dataclass(frozen=True)
@@ -48,12 +62,27 @@ class DiscreteCQLConfig(AgentConfig):
     huber: float = 1.0  # κ, in units of Q
     tau: float = 0.005  # Polyak rate of the targets per update; 0: copy them instead
     target_interval: int = 8000  # updates between copies where tau = 0
+    guardian: str = "none"  # g: a name of make_guardian; its fields are as in ogsrl
+    guardian_options: str = ""  # of make_guardian, as in "bandwidth=0.15 scaling=minmax"
+    levels: tuple[int, ...] = ()  # of the factors of an action; none: actions have no order
+    alpha: float = 0.1  # share of supported steps that g may flag
+    calibration: float = 0.2  # share of episodes kept aside for alpha
+    ood_value: float = -25.0  # C, in units of Q
+    balance: bool = False  # re-sample episodes by their most frequent action
 
 
 class DiscreteCQL(Agent):
     Config = DiscreteCQLConfig
     discrete = True
-    variants = frozenset({"weight", "discount"})
+    variants = frozenset({"weight", "discount", "ood_value"})
+    shared = frozenset({"answers."})
+    answers: Answers | None = None  # g; None: there is none
+
+    @classmethod
+    def prepare(cls, dataset: Any, config: DiscreteCQLConfig) -> Any:
+        """All of the dataset, or its episodes re-sampled."""
+        dataset = super().prepare(dataset, config)
+        return balanced(dataset) if config.balance else dataset
 
     def build(self, init: MemberRandom) -> None:
         c, o, n = self.config, self.spec.observation_dim, self.spec.action_dim
@@ -62,6 +91,37 @@ class DiscreteCQL(Agent):
         self.critic_optimizer = self.adam(self.actor, lr=c.lr)
         count = max(1, c.quantiles)
         self.midpoints = ((torch.arange(count) + 0.5) / count).to(self.device)
+        if c.guardian != "none":
+            settings = options(c.guardian_options)
+            self.answers = Answers(guardian_for(c.guardian, self.spec, c.levels, **settings))
+            mean = self.spec.observation_mean or (0.0,) * o
+            std = self.spec.observation_std or (1.0,) * o
+            self._mean, self._std = torch.tensor((mean, std), device=self.device)
+
+    @property
+    def guardian(self) -> Guardian | None:
+        """g, calibrated once the agent is fitted."""
+        return None if self.answers is None else self.answers.guardian
+
+    def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
+        """Fit the guardian to the episodes that are trained on, each counted once.
+
+        Raises:
+            SaferlError: fewer than two different episodes; data that the guardian refuses.
+        """
+        super().fit(dataset, say)
+        if self.answers is None:
+            return
+        c = self.config
+        train, held = split(without_repeats(dataset) if c.balance else dataset, c.calibration)
+        fit_guardian(self.guardian, train, held, c.alpha, say)
+        self.answers.fill(dataset, self.spec.action_dim, self.spec.observations)
+
+    def _outside(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """g ``[M, B]`` of normalised observations ``[M, B, O]`` and actions ``[M, B]``."""
+        if self.answers.outside is None:  # the guardian itself is asked, of raw ones
+            observations = observations * self._std + self._mean
+        return self.answers.ood(observations, actions)
 
     @staticmethod
     def _taken(distribution: Tensor, actions: Tensor) -> Tensor:
@@ -79,8 +139,13 @@ class DiscreteCQL(Agent):
             ahead = self.critic_target.distribution(batch.next_observations)
             chooser = self.actor if c.double else self.critic_target
             best = chooser.mode(batch.next_observations)
+            following = self._taken(ahead, best)
+            if self.answers is not None:
+                outside = self._outside(batch.next_observations, best)
+                refused = self.scalar("ood_value", axes=3)
+                following = torch.where(outside[:, None, :, None] > 0, refused, following)
             kept = (self.scalar("discount") * (1 - batch.terminals))[:, None, :, None]
-            target = batch.rewards[:, None, :, None] + kept * self._taken(ahead, best)
+            target = batch.rewards[:, None, :, None] + kept * following
 
         distribution = self.actor.distribution(batch.observations)
         taken = self._taken(distribution, batch.actions)  # [M, E, B, K]
@@ -93,11 +158,12 @@ class DiscreteCQL(Agent):
             polyak(self.critic_target, self.actor, c.tau)
         elif self.now:
             polyak(self.critic_target, self.actor, 1.0)
-        return {
+        metrics = {
             "critic_loss": bellman.detach(),
             "gap": gap.detach().mean(1),
             "q": q.detach().mean((1, 2)),
         }
+        return metrics | ({} if self.answers is None else {"ood_rate": outside.mean(1)})
 
     def _bellman(self, taken: Tensor, target: Tensor) -> Tensor:
         """The loss of each row, ``[M, E, B]``, from predictions and targets ``[M, E, B, K]``."""
@@ -108,3 +174,28 @@ class DiscreteCQL(Agent):
         side = (self.midpoints[:, None] - (error.detach() < 0).float()).abs()
         huber = F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=c.huber)
         return (side * huber / c.huber).mean(-1).sum(-1)
+
+
+def balanced(dataset: Any) -> Any:
+    """Episodes re-sampled so that every class has the mean class size.
+
+    The class of an episode is its most frequent action (the lowest of several). Small classes are
+    drawn from with replacement, large ones without. The same for every member and run.
+    """
+    labels = np.array([np.bincount(dataset.actions[a:b]).argmax() for a, b in dataset.episodes])
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    size, random = max(1, round(len(labels) / len(classes))), np.random.default_rng(0)
+    drawn = [random.choice(those, size, replace=len(those) < size) for those in classes]
+    return dataset.subset(episodes=np.sort(np.concatenate(drawn)))
+
+
+def without_repeats(dataset: Any) -> Any:
+    """The episodes that differ from the one before: what `balanced` drew, once."""
+
+    def rows(span: np.ndarray) -> tuple[np.ndarray, ...]:
+        part = slice(*span)
+        return dataset.observations[part], dataset.actions[part], dataset.next_observations[part]
+
+    pairs = itertools.pairwise(dataset.episodes)
+    fresh = [True, *(not all(map(np.array_equal, rows(a), rows(b))) for a, b in pairs)]
+    return dataset.subset(episodes=np.flatnonzero(fresh))

@@ -1,6 +1,7 @@
 """Episodes of a policy in a learned model, under a guardian, and what is estimated from them.
 
-World      the guardian, the states that episodes start from, and a table of its answers
+Answers    a guardian and a table of its answers
+World      with it the states that episodes start from
 simulate   N episodes of H steps in a model
 advantages generalised advantage estimation of several signals at once
 """
@@ -47,18 +48,69 @@ def resample(dataset: Dataset, seed: int) -> Dataset:
     return dataset.subset(episodes=np.random.default_rng(seed).integers(count, size=count))
 
 
-class World(DataBuffers):
-    """What rollouts ask besides the model.
+class Answers(DataBuffers):
+    """A guardian, and a table of what it says of every action in the states of a dataset.
 
-    Where states can be counted (a model that replays logged rows, discrete actions) the guardian's
-    answers are kept in a table, found by the hash of a state; elsewhere it is asked at every step.
-    All that is learnt is in buffers.
+    Where there are too many pairs for a table (`MAX_TABLE`) it is asked each time. A state is found
+    by the hash of its row, and one that is not in the table is out of the data. All that is learnt
+    is in buffers.
     """
 
     def __init__(self, guardian: Guardian | None):
         super().__init__()
         self.guardian = guardian
-        self.declare("starts", "keys", "multipliers", "outside", "permitted")
+        self.declare("keys", "multipliers", "outside")
+
+    @torch.no_grad()
+    def fill(
+        self, dataset: Dataset, actions: int, seen: Callable[[np.ndarray], np.ndarray] = flat
+    ) -> Tensor | None:
+        """Make the table for ``actions``, their number, where the pairs are few enough.
+
+        Args:
+            seen: observations to the rows ``[N, O]`` that states will be asked for by.
+
+        Returns:
+            The raw states ``[U, O]`` of the table, None where there is none.
+        """
+        both = [flat(part) for part in (dataset.observations, dataset.next_observations)]
+        rows = torch.from_numpy(np.concatenate([seen(part) for part in both])).to(self.device)
+        keys, first, _, multipliers = distinct_rows(rows)
+        if len(keys) * actions > MAX_TABLE:
+            return None
+        states = torch.from_numpy(np.concatenate(both)).to(self.device)[first]
+        self.keys, self.multipliers = keys, multipliers
+        self.outside = self.guardian.is_ood(states[:, None], torch.arange(actions).to(keys.device))
+        return states
+
+    def _row(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the table, and whether they are those of the states."""
+        keys = row_keys(observations, self.multipliers)
+        found = torch.searchsorted(self.keys, keys).clamp_max(len(self.keys) - 1)
+        return found, self.keys[found] == keys
+
+    def ood(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """``[M, B]`` 0/1 of observations ``[M, B, O]`` and actions; 0 without a guardian.
+
+        Observations are raw, or with a table what ``seen`` made of them.
+        """
+        if self.guardian is None:
+            return observations.new_zeros(observations.shape[:2])
+        if self.outside is None:
+            return self.guardian.is_ood(observations, actions).to(observations.dtype)
+        row, known = self._row(observations)
+        return (self.outside[row, actions] | ~known).to(observations.dtype)
+
+
+class World(Answers):
+    """What rollouts ask besides the model: the guardian, and where episodes start.
+
+    States can be counted with a model that replays logged rows and discrete actions.
+    """
+
+    def __init__(self, guardian: Guardian | None):
+        super().__init__(guardian)
+        self.declare("starts", "permitted")
 
     @torch.no_grad()
     def fit(self, dataset: Dataset, starts: str, actions: int) -> None:
@@ -71,33 +123,14 @@ class World(DataBuffers):
         self.starts = observations[rows[:: -(-len(rows) // MAX_STARTS)]]
         if self.guardian is None or not actions:
             return
-        following = torch.tensor(flat(dataset.next_observations), device=self.device)
-        states = torch.cat((observations, following))
-        keys, first, _, multipliers = distinct_rows(states)
-        if len(keys) * actions > MAX_TABLE:
-            return
-        states = states[first]
-        self.keys, self.multipliers = keys, multipliers
-        self.permitted = permitted(self.guardian, states, actions)
-        self.outside = self.guardian.is_ood(states[:, None], torch.arange(actions).to(keys.device))
-
-    def _row(self, observations: Tensor) -> Tensor:
-        found = torch.searchsorted(self.keys, row_keys(observations, self.multipliers))
-        return found.clamp_max(len(self.keys) - 1)
-
-    def ood(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """``[M, B]`` 0/1 of raw observations ``[M, B, O]`` and actions; 0 without a guardian."""
-        if self.guardian is None:
-            return observations.new_zeros(observations.shape[:2])
-        if self.outside is None:
-            return self.guardian.is_ood(observations, actions).to(observations.dtype)
-        return self.outside[self._row(observations), actions].to(observations.dtype)
+        if (states := self.fill(dataset, actions)) is not None:
+            self.permitted = permitted(self.guardian, states, actions)
 
     def allowed(self, observations: Tensor, actions: int) -> Tensor:
         """``[M, B, actions]`` bool: which actions a mask leaves."""
         if self.permitted is None:
             return permitted(self.guardian, observations, actions)
-        return self.permitted[self._row(observations)]
+        return self.permitted[self._row(observations)[0]]
 
     def draw(self, count: int, random: MemberRandom) -> Tensor:
         """Raw observations ``[M, count, O]`` to start from."""

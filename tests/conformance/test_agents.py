@@ -31,6 +31,7 @@ NEEDS = {
     "target_gap": {"lagrange": True},
     "cost_discount": {"cost_limit": 0.2},
     "multiplier_lr": {"cost_limit": 0.2},
+    "ood_value": {"guardian": "knn", "alpha": 0.5, "huber": 100.0},
 }
 OF_THE_RUN = {"exploration_budget", "offline_share"}  # fields that no update sees
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,9 +42,18 @@ def guardian_for(name: str, spec: Any, levels: tuple[int, ...] = (), **settings:
         levels: numbers of levels of the factors of a discrete action, slowest first; empty: the
             actions have no order.
         settings: of `make_guardian`.
+
+    Raises:
+        SaferlError: levels that make another number of actions than the task's; what
+            `make_guardian` raises.
     """
     chosen: dict[str, Any] = {}
     if spec.discrete:
+        if levels and math.prod(levels) != spec.action_dim:
+            raise SaferlError(
+                f"levels = {','.join(map(str, levels))} make {math.prod(levels)} actions, but the "
+                f"task has {spec.action_dim}: give the number of levels of each factor"
+            )
         chosen = {"n_actions": levels or spec.action_dim}
         chosen["action_encoding"] = "levels" if levels else "onehot"
     return make_guardian(name, **chosen | settings)
