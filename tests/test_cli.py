@@ -116,6 +116,27 @@ MISTAKES = {
     "length": (["inspect", "short.npz"], "rewards"),
     "missing": (["inspect", "missing.npz"], "rewards"),
     "action": (["inspect", "wild.npz"], "actions[2, 0]"),
+    "negative limit": (["train", "bc", "--dataset", "point.npz", "--cost-limit", "-1"],
+                       "number of 0 or more per episode, got -1"),
+    "nan limit": (["train", "bc", "--dataset", "point.npz", "--cost-limit", "nan"],
+                  "number of 0 or more per episode, got nan"),
+    "nan limit to learn under": (
+        ["train", "cpq", "--dataset", "point.npz", "--set", "cost_limit=5,nan"],
+        "number of 0 or more per episode (or inf for no limit), got nan",
+    ),
+    "no costs": (["train", "bc", "--dataset", "costless.npz", "--cost-limit", "3"],
+                 "costless.npz has no costs: attach them with Dataset.with_costs"),
+    "no costs to learn from": (["train", "cpq", "--dataset", "costless.npz"], "has no costs"),
+    "outside the table": (
+        ["train", "discrete_bc", "--dataset", "treated.npz", "--dataset-option", "n_actions=3"],
+        "actions[4] is 3: discrete actions must be whole numbers 0 … 2",
+    ),
+    "levels": (
+        ["train", "discrete_cql", "--dataset", "treated.npz", "--set", "guardian=knn", "--set",
+         "levels=2,3"],
+        "levels = 2,3 make 6 actions, but the task has 4",
+    ),
+    "fallback alone": (["evaluate", "nowhere", "--fallback", "runs/x"], "not a run folder"),
 }  # fmt: skip
 
 
@@ -129,6 +150,9 @@ def test_a_mistake_is_one_line_and_status_2(case, data, tmp_path, capsys):
     broken["short"]["rewards"] = broken["short"]["rewards"][:-2]
     broken["wild"]["actions"][2] = 50.0
     broken["missing"] = {k: v for k, v in good.items() if k != "rewards"}
+    broken["costless"] = {k: v for k, v in good.items() if k != "costs"}
+    broken["treated"] = good | {"actions": np.minimum(np.arange(len(good["rewards"])) % 5, 3)}
+    broken["treated"]["actions"][:4] = 0
     for name, arrays in broken.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
     (tmp_path / "half.hdf5").write_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 50)
@@ -143,3 +167,27 @@ def test_a_mistake_is_one_line_and_status_2(case, data, tmp_path, capsys):
     assert message.startswith("saferl: ") and word in message, message
     assert "Traceback" not in captured.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_limit_in_another_unit_and_a_run_to_judge(data, capsys):
+    assert main(["train", "bc", "--dataset", data, *QUICK, "--cost-limit", "0.25", "90"]) == 0
+    assert "the cost limit 90 can never bind: 20 steps of at most 1" in capsys.readouterr().out
+    run = "runs/bc-point"
+    for words, message in (
+        (["--cost-limits", "nan"], "number of 0 or more per episode, got nan"),
+        (["--cost-limits", "5", "-1"], "number of 0 or more per episode, got -1"),
+        (["--fallback", run], "pass --guard"),
+        (["--guardian", "knm"], "unknown guardian 'knm'"),
+        (["--alpha", "0", "--guardian", "kde"], "between 0 and 1"),
+    ):
+        assert main(["evaluate", run, "--episodes", "2", *words]) == 2
+        captured = capsys.readouterr()
+        assert (
+            captured.err.strip().splitlines()[-1].startswith("saferl: ") and message in captured.err
+        )
+    assert main(["evaluate", run, "--episodes", "2", "--cost-limits", "90", "--guard"]) == 0
+    out = capsys.readouterr().out
+    assert "the cost limit 90 binds on no logged episode" in out
+    assert "guarded" in out and "interventions" in out and "OOD" in out
+    assert main(["evaluate", run, "--episodes", "2", "--guardian", "none"]) == 0
+    assert "OOD" not in capsys.readouterr().out

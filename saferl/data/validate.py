@@ -180,9 +180,9 @@ def _actions(values: Any, n: int, card: Any) -> tuple[np.ndarray, dict[str, Any]
         valid &= array < card.n_actions
     if not valid.all():
         row = int(valid.argmin())
-        limit = "…" if card.n_actions is None else int(card.n_actions) - 1
+        last = "from 0 on" if card.n_actions is None else f"0 … {int(card.n_actions) - 1}"
         raise SaferlError(
-            f"actions[{row}] is {array[row]}: discrete actions must be whole numbers 0 … {limit}"
+            f"actions[{row}] is {array[row]}: discrete actions must be whole numbers {last}"
         )
     array = np.ascontiguousarray(array, dtype=np.int64)
     if card.n_actions is not None:

@@ -94,6 +94,13 @@ def evaluate_run(
         raise SaferlError("a fallback acts under a guard only: pass --guard")
     agent = load_agent(run, step, device)
     step = folder.steps()[-1] if step is None else step
+    largest = folder.card().get("summary", {}).get("cost_max")
+    for limit in limits or ():
+        if largest is not None and limit > largest:
+            say(
+                f"warning: the cost limit {limit:g} binds on no logged episode: the largest cost "
+                f"of one is {largest:g}; is it in the unit of an episode?"
+            )
     counting, described = _guardian(agent, folder, dataset, guardian, alpha, say)
     policy, task = agent.policy(), tabular_task(env)
     plans = _guards(guard, fallback, config, limits, agent.members)

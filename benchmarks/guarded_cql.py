@@ -1,0 +1,144 @@
+"""CQL, GCQL, CCQL and GCCQL on ICU-Sepsis: learned from logged episodes, evaluated exactly.
+
+    python benchmarks/guarded_cql.py            some minutes on one core
+
+20 000 episodes of clinicians. `discrete_cql` with a guardian in its backup (GCQL), with episodes
+re-sampled by their most frequent action (CCQL) and with both (GCCQL), for several weights of the
+penalty and three seeds each, all with the guardian of benchmarks/ogsrl.py. Survival, cost and share
+of inadmissible steps of the learned greedy policies follow from the benchmark's tables, without
+sampling.
+
+Writes results/guarded_cql.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from ogsrl import SETTINGS as OGSRL
+
+from saferl.agents.discrete_cql import DiscreteCQL
+from saferl.data.buffer import ReplayBuffer
+from saferl.envs import icu_sepsis as icu
+from saferl.evaluation.exact import TabularTask, exact_values
+from saferl.safety.tabular import exact_evaluate
+from saferl.spec import Spec
+
+WEIGHTS = (0.01, 0.1, 1.0)
+GUARD = {key: OGSRL[key] for key in ("guardian", "guardian_options", "levels", "alpha",
+                                     "calibration")}  # fmt: skip
+WORST = {"ood_value": -1.0}  # returns, chances to survive, lie between 0 and 1
+VARIANTS: dict[str, dict[str, Any]] = {
+    "CQL": {},
+    "GCQL": GUARD | WORST,
+    "CCQL": {"balance": True},
+    "GCCQL": GUARD | WORST | {"balance": True},
+}
+NAMES = ("return", "cost", "ood_rate")
+
+
+def train(dataset: Any, settings: dict[str, Any], options: Any) -> tuple[Any, dict[str, list]]:
+    """Members are weights × seeds; returns the agent and means of its metrics at the end."""
+    weights = [w for w in WEIGHTS for _ in range(options.seeds)]
+    seeds = [seed for _ in WEIGHTS for seed in range(options.seeds)]
+    config = DiscreteCQL.make_config(
+        {"hidden": OGSRL["hidden"], "discount": OGSRL["discount"], "weight": weights} | settings
+    )
+    rows = DiscreteCQL.prepare(dataset, config)
+    agent = DiscreteCQL(Spec.from_dataset(rows, config), config, seeds)
+    agent.fit(rows, lambda line: print(f"  {line}", flush=True))
+    buffer = ReplayBuffer.from_dataset(rows, agent.spec, agent.seeds)
+    last: dict[str, torch.Tensor] = {}
+    share = max(1, options.updates // 10)
+    for update in range(options.updates):
+        metrics = agent.update(buffer.sample(config.batch_size))
+        if update >= options.updates - share:
+            last = {k: last.get(k, 0) + v / share for k, v in metrics.items()}
+    return agent, {key: value.tolist() for key, value in last.items()}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    clinician = result["clinician"]
+    lines = [
+        "# CQL with a guardian in its backup, on ICU-Sepsis",
+        "",
+        f"`{result['command']}`, {result['date']}; {result['machine']['cpu']}; {result['seeds']} "
+        f"seeds, {result['updates']} updates.",
+        "",
+        f"{result['episodes']} logged episodes of clinicians. Survival (mean and standard "
+        "deviation over seeds), cost (steps with SOFA ≥ 10 per patient) and inadmissible steps are "
+        "exact for the greedy policy. *refused*: share of backups in which the guardian refused "
+        "the greedy pair, over the last tenth of the updates. Clinicians: "
+        f"{clinician['return']:.3f}, cost {clinician['cost']:.3f}, inadmissible "
+        f"{clinician['ood_rate']:.3f}; best possible .875.",
+        "",
+    ]
+    rows = []
+    for row in result["rows"]:
+        found = [np.array(row[name]) for name in NAMES]
+        refused = row.get("refused")
+        rows.append([
+            row["variant"], f"{row['weight']:g}", f"{found[0].mean():.3f}", f"{found[0].std():.3f}",
+            f"{found[1].mean():.3f}", f"{found[2].mean():.3f}",
+            "" if refused is None else f"{np.mean(refused):.3f}",
+        ])  # fmt: skip
+    heads = ["variant", "weight", "survival", "±", "cost", "inadmissible", "refused"]
+    return "\n".join([*lines, common.table(heads, rows)]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--updates", type=int, default=10_000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--episodes", type=int, default=20_000, help="logged")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "guarded_cql")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    dataset = icu.make_dataset("clinician", options.episodes)
+    task = TabularTask(icu.mdp("mean"), icu.observations(), "sofa10")
+    rows = []
+    for name, settings in VARIANTS.items():
+        print(name, flush=True)
+        began = time.process_time()
+        agent, metrics = train(dataset, settings, options)
+        values = exact_values(task, agent.policy())
+        for i, weight in enumerate(WEIGHTS):
+            part = slice(i * options.seeds, (i + 1) * options.seeds)
+            row = {"variant": name, "weight": weight} | {k: values[k][part] for k in NAMES}
+            if "ood_rate" in metrics:
+                row["refused"] = metrics["ood_rate"][part]
+            rows.append(row)
+            shown = "  ".join(f"{k} {np.mean(row[k]):.3f}" for k in NAMES)
+            print(f"  weight {weight:g}  {shown}", flush=True)
+        print(f"  {time.process_time() - began:.0f} s of processor time", flush=True)
+    found = exact_evaluate(icu.mdp("mean"), icu.policy())
+    result = {
+        "command": common.command(),
+        "date": common.now(),
+        "machine": common.machine(),
+        "versions": common.versions(["saferl", "icu-sepsis", "numpy", "torch"]),
+        "updates": options.updates,
+        "seeds": options.seeds,
+        "episodes": options.episodes,
+        "variants": VARIANTS,
+        "clinician": {
+            "return": found.value,
+            "cost": found.costs["sofa10"],
+            "ood_rate": found.ood_rate,
+        },
+        "rows": rows,
+    }
+    common.write_json(options.out.with_suffix(".json"), result)
+    options.out.with_suffix(".md").write_text(markdown(result))
+    print(markdown(result))
+    print(f"wrote {options.out}.json and .md")
+
+
+if __name__ == "__main__":
+    main()
