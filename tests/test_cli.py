@@ -181,10 +181,8 @@ def test_a_limit_in_another_unit_and_a_run_to_judge(data, capsys):
         (["--alpha", "0", "--guardian", "kde"], "between 0 and 1"),
     ):
         assert main(["evaluate", run, "--episodes", "2", *words]) == 2
-        captured = capsys.readouterr()
-        assert (
-            captured.err.strip().splitlines()[-1].startswith("saferl: ") and message in captured.err
-        )
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("saferl: ") and message in last
     assert main(["evaluate", run, "--episodes", "2", "--cost-limits", "90", "--guard"]) == 0
     out = capsys.readouterr().out
     assert "the cost limit 90 binds on no logged episode" in out
