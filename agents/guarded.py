@@ -33,8 +33,10 @@ from .rollouts import (
 OPTIMISERS = ("cpo", "trpo", "ppo_lag")
 OOD_MODES = ("constraint_absorb", "constraint", "penalty", "mask")
 CLONE_BATCH = 256
+SPARED_BATCH, SPARED_UPDATES = 512, 400
+"""Of the regression of `Spared`."""
 MARGIN_QUANTILE = 0.9
-MARGIN_RATE = 0.05
+MARGIN_RATE = 0.2
 """Least weight of the latest value in the running mean of a resampled model's excess cost."""
 
 
@@ -93,22 +95,26 @@ class Limits(nn.Module):
         self.register_buffer("gaps", torch.zeros(members, models))  # excess in resampled models
         self.register_buffer("seen", torch.zeros(members, models))
 
-    def excess(self, totals: Tensor, smoothing: float, integral: float) -> Tensor:
-        """c ``[M, C]`` of estimates J ``[M, C]``: running mean less budget, and what is owed.
-
-        A gradient from few episodes promises more than it keeps, so that steps that cure the
-        excess on paper can leave it standing; what is owed grows until they do not.
-        """
+    def excess(self, totals: Tensor, smoothing: float) -> Tensor:
+        """c ``[M, C]`` of estimates J ``[M, C]``: running mean less budget, and what is owed."""
         self.updates += 1
         self.spent += (1 / self.updates).clamp_min(smoothing) * (totals - self.spent)
+        return self.spent - self.tightened() + self.owed
+
+    def owe(self, integral: float, acted: Tensor) -> None:
+        """Take the excess into what is owed; above 0, only of limits ``acted`` on, ``[M, C]`` bool.
+
+        A gradient from few episodes promises more than it keeps, so that steps that cure the
+        excess on paper can leave it standing; what is owed grows until they do not. Where a step
+        could do no more, owing more would do nothing but delay what follows.
+        """
+        if not integral:
+            return
         budget = self.tightened()
         over = self.spent - budget
-        found = over + self.owed
-        if integral:
-            self.owed += integral * over
-            self.owed.clamp_(min=0)
-            self.owed.copy_(torch.minimum(self.owed, budget))
-        return found
+        self.owed += integral * torch.where(acted, over, over.clamp_max(0))
+        self.owed.clamp_(min=0)
+        self.owed.copy_(torch.minimum(self.owed, budget))
 
     def observe(self, model: int, gap: Tensor) -> None:
         """Take the excess cost ``[M]`` in one of the resampled models into its running mean."""
@@ -130,6 +136,24 @@ class Limits(nn.Module):
         return (self.budget - torch.stack(margin, 1)).clamp_min(0) if margin else self.budget
 
 
+class Spared(nn.Module):
+    """What those who made the data still spent from a state on, by regression on logged episodes.
+
+    It is charged to whoever leaves the data there. A critic of the policy itself could not tell: at
+    a state that the policy always leaves from, its target would be its own value.
+    """
+
+    def __init__(self, init: MemberRandom, observation_dim: int, hidden: tuple[int, ...]):
+        super().__init__()
+        self.net = VEnsemble(init, observation_dim, hidden)
+        self.register_buffer("shift", torch.zeros(len(init.generators), 1))
+        self.register_buffer("scale", torch.ones(len(init.generators), 1))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """``[M, B, O]`` in the agent's units to ``[M, B]``, 0 or more."""
+        return (self.shift + self.scale * self.net(observations)[:, 0]).clamp_min(0)
+
+
 class Guarded(CostLimited, Agent):
     """Models, guardian and budgets; a subclass provides the policy's distribution and `learn`.
 
@@ -148,14 +172,17 @@ class Guarded(CostLimited, Agent):
     def _distribution(self, observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, ...]:
         raise NotImplementedError
 
-    def _log_prob(self, distribution: tuple[Tensor, ...], actions: Tensor) -> Tensor:
+    def _log_prob(
+        self, distribution: tuple[Tensor, ...], actions: Tensor, index: Tensor | None = None
+    ) -> Tensor:
+        """``[M, B]`` of actions at rows ``index`` ``[M, B]`` of a distribution; None: row by row."""
         raise NotImplementedError
 
     def _divergence(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
         """KL(old ‖ new) of each row, ``[M, B]``."""
         raise NotImplementedError
 
-    def _decide(self, observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _decide(self, distribution: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """A drawn action and what it is in raw units."""
         raise NotImplementedError
 
@@ -193,6 +220,8 @@ class Guarded(CostLimited, Agent):
                 self.members, len(names), c.multiplier, c.multiplier_lr, c.multiplier_kp,
                 c.multiplier_kd, c.multiplier_max,
             )  # fmt: skip
+        if limited and self.absorbs:
+            self.spared = Spared(init, spec.observation_dim, c.hidden)
         count = 1 + (c.margin_models if limited else 0)
         models = nn.ModuleList(self._make_model(init, int(limited)) for _ in range(count))
         if c.model == "ensemble":  # one of each member's own
@@ -265,10 +294,34 @@ class Guarded(CostLimited, Agent):
             costs = part.costs if model.costs else np.zeros((len(part), 0))
             model.fit(part, random, costs=costs, say=say if number == 0 else lambda line: None)
         counted = self.discrete and c.model != "ensemble"
-        self.world.fit(dataset, c.starts, self.spec.action_dim if counted else 0)
+        actions = self.spec.action_dim if counted else 0
+        self.world.fit(dataset, c.starts, actions, self.models)
         self._budget(max(1, round(float(dataset.episode_lengths().mean()))), say)
+        observations = torch.tensor(self.spec.observations(train.observations), device=self.device)
+        observations = observations.to(self._mean.dtype)
+        if self.limited and self.absorbs:
+            self._spare(train, observations)
         if c.clone_updates:
-            self._clone(train, say)
+            self._clone(train, observations, say)
+
+    def _spare(self, train: Any, observations: Tensor) -> None:
+        """Regress the costs to go of logged steps; nothing follows the end of an episode."""
+        spared, ends = self.spared, train.terminals | train.timeouts
+        discounts = np.array(self.column("cost_discount"))
+        found, following = np.empty((len(train), self.members), np.float32), np.zeros(self.members)
+        for t in range(len(train) - 1, -1, -1):
+            following = train.costs[t] + discounts * (0.0 if ends[t] else 1.0) * following
+            found[t] = following
+        costs = torch.from_numpy(found).T.to(observations)
+        spared.shift.copy_(costs.mean(1, keepdim=True))
+        spared.scale.copy_(costs.std(1, correction=0, keepdim=True).clamp_min(1e-6))
+        random = MemberRandom(self.seeds, self.device, stream=6)
+        optimizer = self.adam(spared.net, lr=self.config.critic_lr)
+        for _ in range(SPARED_UPDATES):
+            rows = random.integers(len(observations), SPARED_BATCH)
+            target = (costs.gather(1, rows) - spared.shift) / spared.scale
+            error = spared.net(observations[rows])[:, 0] - target
+            self.minimise(optimizer, error.square().mean(-1))
 
     def _budget(self, length: int, say: Callable[[str], None]) -> None:
         """Limits in the units of the estimates; episodes last ``length`` steps."""
@@ -288,10 +341,9 @@ class Guarded(CostLimited, Agent):
             self.limits.budget.copy_(torch.tensor(columns).T)
         self.limits.unit.copy_(torch.tensor(units))
 
-    def _clone(self, train: Any, say: Callable[[str], None]) -> None:
+    def _clone(self, train: Any, observations: Tensor, say: Callable[[str], None]) -> None:
         """Behaviour cloning by maximum likelihood."""
         spec = self.spec
-        observations = torch.tensor(spec.observations(train.observations), device=self.device)
         actions = torch.tensor(spec.actions(train.actions), device=self.device)
         if self.discrete:
             actions = actions.squeeze(-1).long()
@@ -311,13 +363,11 @@ class Guarded(CostLimited, Agent):
             return None  # where logged episodes begin is not known any more
         policy, random = self.policy(), MemberRandom(self.seeds, self.device, stream=5)
 
-        def decide(observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-            actions = policy(observations)
+        def decide(places: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+            actions = policy(self.world.see(places))
             return actions, actions
 
-        played = simulate(
-            self.models[0], self.world, episodes, self.spec.horizon, random, decide, lambda raw: raw
-        )
+        played = simulate(self.models[0], self.world, episodes, self.spec.horizon, random, decide)
         costs = played.costs.sum((-1, -2)) if self.models[0].costs else None
         return played.rewards.sum(-1), costs
 

@@ -26,6 +26,8 @@ Where the paper and its code differ the paper is followed; docs/agents/ogsrl.md 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +65,7 @@ class _Learner(Guarded):
         names = self.limits.names
         rollout = self._play(self.models[0])
         values = self._values(rollout)
-        signals = self._signals(rollout, values)
+        signals = self._signals(rollout)
         found = advantages(
             signals, values, rollout.alive, rollout.ended, self._discounts, self.config.gae
         )
@@ -81,7 +83,7 @@ class _Learner(Guarded):
             if len(self.models) > 1:
                 other = self._play(self.models[1 + self.now])
                 beyond = self._values(other)
-                played = self._totals(other, self._signals(other, beyond), beyond)
+                played = self._totals(other, self._signals(other), beyond)
                 self.limits.observe(self.now, played[:, -1] - cost)
             metrics["predicted_cost"] = cost / self.limits.unit
             metrics["margin"] = self.limits.margin() / self.limits.unit
@@ -90,23 +92,48 @@ class _Learner(Guarded):
         return metrics | self._regress(rollout, found + values[:, :, :-1])
 
     def _play(self, model: Model) -> Rollout:
-        c = self.config
+        c, known = self.config, None
+
+        def decide(places: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+            nonlocal known
+            rows = self._rows(places, allowed)
+            if known is None or rows.index is None:
+                known = self._distribution(rows.observations, rows.allowed)
+            return self._decide(rows.pick(known))
+
         return simulate(
-            model, self.world, c.episodes, c.horizon, self.random, self._decide,
-            lambda raw: (raw - self._mean) / self._std, absorb=self.absorbs, mask=self.mask,
+            model, self.world, c.episodes, c.horizon, self.random, decide,
+            absorb=self.absorbs, mask=self.mask,
         )  # fmt: skip
 
-    def _signals(self, rollout: Rollout, values: Tensor) -> Tensor:
+    def _rows(self, places: Tensor, allowed: Tensor | None) -> _Rows:
+        """Of places ``[M, B]`` or ``[M, B, O]`` and the mask there, what networks are asked."""
+        c, world = self.config, self.world
+        index = None
+        if world.states is None:
+            seen = places
+        elif len(world.states) > c.episodes * c.horizon:
+            seen = world.states[places]
+        else:
+            seen, index = world.states.expand(self.members, -1, -1), places
+            allowed = world.permitted.expand(self.members, -1, -1) if self.mask else None
+        return _Rows((seen - self._mean) / self._std, allowed, index)
+
+    @torch.no_grad()
+    def _signals(self, rollout: Rollout) -> Tensor:
         """``[M, N, H, K]``: the agent's reward, then the cost of each constraint.
 
         Where an unsupported step ends the episode nothing more is earned, but leaving the data is
-        no way to be spared a cost: what the critic expects of the state is charged.
+        no way to be spared a cost: what the logged episodes had yet to spend is charged.
         """
         c, spec, ood, counted = self.config, self.spec, rollout.ood, rollout.alive
         costs = {"ood": ood, "cost": rollout.costs.sum(-1)}
         if self.absorbs:
             counted = counted * (1 - ood)
-            costs["cost"] = costs["cost"] + ood * values[:, :, :-1, -1].clamp_min(0)
+            if self.limited:
+                rows = self._rows(rollout.places[:, :, :-1].flatten(1, 2), None)
+                spared = rows.pick(self.spared(rows.observations))
+                costs["cost"] = costs["cost"] + ood * spared.view_as(ood)
         reward = spec.reward_scale * rollout.rewards + spec.reward_shift * counted
         if c.ood_mode == "penalty":
             # At every step from the unsupported one to H, as a sum at that step.
@@ -117,9 +144,9 @@ class _Learner(Guarded):
     @torch.no_grad()
     def _values(self, rollout: Rollout) -> Tensor:
         """V of every state and of the last, ``[M, N, H + 1, K]``."""
-        states = torch.cat((rollout.observations, rollout.final.unsqueeze(2)), 2)
-        values = self.critic(states.flatten(1, 2))
-        return values.unflatten(-1, states.shape[1:3]).movedim(1, -1)
+        rows = self._rows(rollout.places.flatten(1, 2), None)
+        values = rows.pick(self.critic(rows.observations).movedim(1, -1))
+        return values.unflatten(1, rollout.places.shape[1:3])
 
     def _totals(self, rollout: Rollout, signals: Tensor, values: Tensor) -> Tensor:
         """J ``[M, K]``: discounted sums of episodes, means over N.
@@ -137,44 +164,44 @@ class _Learner(Guarded):
 
     def _trust_region(self, rollout: Rollout, found: Tensor, totals: Tensor) -> Metrics:
         c, parameters = self.config, list(self.actor.parameters())
-        rows, weight = _Rows.of(rollout), rollout.alive.flatten(1)
+        rows, weight, actions = self._played(rollout)
         reward = _standardise(found[..., :1].flatten(1, 2), weight)[..., 0]
         count, steps = rollout.alive.shape[1], weight.sum(1)
         powers = discounting(self._discounts, c.horizon, found)[..., 1:]
         costs = (powers * found[..., 1:] * rollout.alive[..., None]).flatten(1, 2)  # [M, B, C]
         with torch.no_grad():
             old = self._distribution(rows.observations, rows.allowed)
-            old_log_prob = self._log_prob(old, rows.actions)
+            old_log_prob = self._log_prob(old, actions, rows.index)
 
         def surrogates() -> Surrogates:
             now = self._distribution(rows.observations, rows.allowed)
-            ratio = (self._log_prob(now, rows.actions) - old_log_prob).exp()
+            ratio = (self._log_prob(now, actions, rows.index) - old_log_prob).exp()
             return Surrogates(
                 (weight * ratio * reward).sum(1) / steps,
                 (ratio[..., None] * costs).sum(1) / count,
-                (weight * self._divergence(old, now)).sum(1) / steps,
+                (weight * rows.pick(self._divergence(old, now))).sum(1) / steps,
             )
 
         start = surrogates()
         g = gradient(start.reward, parameters, retain_graph=True)
         some = max(1, round(c.curvature_share * count)) * c.horizon
-        near = self._distribution(
-            rows.observations[:, :some], None if rows.allowed is None else rows.allowed[:, :some]
-        )
-        share = weight[:, :some]
-        divergence = self._divergence(tuple(x.detach() for x in near), near)
+        fewer, share = rows.first(some), weight[:, :some]
+        near = self._distribution(fewer.observations, fewer.allowed)
+        divergence = fewer.pick(self._divergence(tuple(x.detach() for x in near), near))
         divergence = (share * divergence).sum(1) / share.sum(1)
         product = curvature(divergence, parameters, c.damping)
         inverse_g = conjugate_gradient(product, g, c.cg_iterations)
         metrics = {}
         if c.optimiser == "cpo":  # under the tightest of the limits, member by member
-            excess = self.limits.excess(totals, c.smoothing, c.integral)
+            excess = self.limits.excess(totals, c.smoothing)
             budget = self.limits.tightened()
             worst = relative_excess(excess + budget, budget).argmax(1, keepdim=True)
             chosen = excess.gather(1, worst)
             b = gradient(start.costs.gather(1, worst)[:, 0], parameters)
             inverse_b = conjugate_gradient(product, b, c.cg_iterations)
             step, case = cpo_step(g, b, chosen[:, 0], inverse_g, inverse_b, c.kl)
+            acted = torch.zeros_like(excess, dtype=torch.bool)
+            self.limits.owe(c.integral, acted.scatter_(1, worst, (case != RECOVERY)[:, None]))
             # The others may rise to their limits; one that is broken waits for its turn.
             allowed = torch.where(excess > 0, torch.inf, -excess)
             allowed.scatter_(1, worst, (-chosen).clamp_min(0))
@@ -187,8 +214,8 @@ class _Learner(Guarded):
         return metrics | {"step_share": taken.scale, "kl": taken.divergence}
 
     def _ppo(self, rollout: Rollout, found: Tensor, totals: Tensor) -> Metrics:
-        c, rows, weight = self.config, _Rows.of(rollout), rollout.alive.flatten(1)
-        steps = weight.sum(1)
+        c, steps = self.config, rollout.alive.sum((1, 2))
+        rows, weight, actions = self._played(rollout)
         self.multipliers.update(relative_excess(totals, self.limits.tightened()))
         price = self.multipliers.value().masked_fill(self.limits.budget.isinf(), 0.0)
         scaled = _standardise(found.flatten(1, 2), weight)
@@ -196,40 +223,58 @@ class _Learner(Guarded):
         advantage = (scaled[..., 0] - paid) / (1 + price.sum(1, keepdim=True))
         with torch.no_grad():
             old = self._distribution(rows.observations, rows.allowed)
-            old_log_prob = self._log_prob(old, rows.actions)
+            old_log_prob = self._log_prob(old, actions, rows.index)
         for _ in range(c.epochs):
             now = self._distribution(rows.observations, rows.allowed)
-            ratio = (self._log_prob(now, rows.actions) - old_log_prob).exp()
+            ratio = (self._log_prob(now, actions, rows.index) - old_log_prob).exp()
             clipped = ratio.clamp(1 - c.clip, 1 + c.clip)
             gain = torch.minimum(ratio * advantage, clipped * advantage)
             self.minimise(self.actor_optimizer, -(weight * gain).sum(1) / steps)
         with torch.no_grad():
             now = self._distribution(rows.observations, rows.allowed)
-            kl = (weight * self._divergence(old, now)).sum(1) / steps
+            kl = (weight * rows.pick(self._divergence(old, now))).sum(1) / steps
         prices = {f"multiplier_{name}": price[:, j] for j, name in enumerate(self.limits.names)}
         return prices | {"kl": kl}
 
     def _regress(self, rollout: Rollout, targets: Tensor) -> Metrics:
         """Steps of the critics towards targets ``[M, N, H, K]``."""
-        observations = rollout.observations.flatten(1, 2)
-        targets, weight = targets.flatten(1, 2).movedim(-1, 1), rollout.alive.flatten(1)
+        rows, weight, _ = self._played(rollout)
+        targets, weight = targets.flatten(1, 2), weight[..., None]
         for _ in range(self.config.critic_updates):
-            error = (self.critic(observations) - targets).square() * weight[:, None]
-            loss = error.sum(-1) / weight.sum(1, keepdim=True)  # [M, K]
+            values = rows.pick(self.critic(rows.observations).movedim(1, -1))
+            loss = ((values - targets).square() * weight).sum(1) / weight.sum(1)  # [M, K]
             self.minimise(self.critic_optimizer, loss.sum(1))
         return {"critic_loss": loss.detach().sum(1)}
 
+    def _played(self, rollout: Rollout) -> tuple[_Rows, Tensor, Tensor]:
+        """The steps of a rollout in one axis of N · H, their weights w and actions."""
+        allowed = None if rollout.allowed is None else rollout.allowed.flatten(1, 2)
+        rows = self._rows(rollout.places[:, :, :-1].flatten(1, 2), allowed)
+        return rows, rollout.alive.flatten(1), rollout.actions.flatten(1, 2)
 
-class _Rows:
-    """The steps of a rollout, N · H in one axis."""
 
-    def __init__(self, observations: Tensor, actions: Tensor, allowed: Tensor | None):
-        self.observations, self.actions, self.allowed = observations, actions, allowed
+class _Rows(NamedTuple):
+    """What networks are asked about places: each of them, or all states where those are fewer."""
 
-    @classmethod
-    def of(cls, rollout: Rollout) -> _Rows:
-        parts = rollout.observations, rollout.actions, rollout.allowed
-        return cls(*(None if part is None else part.flatten(1, 2) for part in parts))
+    observations: Tensor  # [M, U, O], the agent's units
+    allowed: Tensor | None  # [M, U, actions] bool, under a mask
+    index: Tensor | None  # [M, B], which of the U each place is; None: they are the places
+
+    def pick(self, answers: Any) -> Any:
+        """Answers ``[M, U, …]``, or a tuple of them, of each place ``[M, B, …]``."""
+        if self.index is None:
+            return answers
+        if isinstance(answers, tuple):
+            return tuple(map(self.pick, answers))
+        index = self.index.view(*self.index.shape, *(1,) * (answers.dim() - 2))
+        return answers.gather(1, index.expand(-1, -1, *answers.shape[2:]))
+
+    def first(self, count: int) -> _Rows:
+        """Of the first ``count`` places."""
+        if self.index is not None:
+            return self._replace(index=self.index[:, :count])
+        allowed = None if self.allowed is None else self.allowed[:, :count]
+        return _Rows(self.observations[:, :count], allowed, None)
 
 
 def _standardise(values: Tensor, weight: Tensor) -> Tensor:
@@ -255,7 +300,9 @@ class OGSRL(_Learner):
     def _distribution(self, observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, ...]:
         return self.actor.mode(observations), self.actor.log_std.clamp(*self.actor.bounds)
 
-    def _log_prob(self, distribution: tuple[Tensor, ...], actions: Tensor) -> Tensor:
+    def _log_prob(
+        self, distribution: tuple[Tensor, ...], actions: Tensor, index: Tensor | None = None
+    ) -> Tensor:
         mean, log_std = distribution
         return gaussian_log_prob((actions - mean) * (-log_std).exp(), log_std)
 
@@ -264,8 +311,8 @@ class OGSRL(_Learner):
         spread = (2 * log_std).exp() + (mean - new_mean).square()
         return (new_log_std - log_std + 0.5 * spread * (-2 * new_log_std).exp() - 0.5).sum(-1)
 
-    def _decide(self, observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-        mean, log_std = self._distribution(observations, allowed)
+    def _decide(self, distribution: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        mean, log_std = distribution
         # As drawn for the density, within bounds for the model.
         drawn = mean + log_std.exp() * self.random.normal(*mean.shape[1:])
         return drawn, drawn.clamp(-1, 1) * self._half_range + self._center
@@ -285,12 +332,17 @@ class DiscreteOGSRL(_Learner):
             return (self.actor(observations, allowed),)
         return (self.actor(observations),)
 
-    def _log_prob(self, distribution: tuple[Tensor, ...], actions: Tensor) -> Tensor:
-        return distribution[0].gather(-1, actions[..., None]).squeeze(-1)
+    def _log_prob(
+        self, distribution: tuple[Tensor, ...], actions: Tensor, index: Tensor | None = None
+    ) -> Tensor:
+        if index is None:
+            return distribution[0].gather(-1, actions[..., None]).squeeze(-1)
+        # Not by way of all actions of each row.
+        return distribution[0].flatten(1).gather(1, index * self.spec.action_dim + actions)
 
     def _divergence(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
         return (old[0].exp() * (old[0] - new[0])).sum(-1)
 
-    def _decide(self, observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-        actions = sample_categorical(self._distribution(observations, allowed)[0], self.random)
+    def _decide(self, distribution: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        actions = sample_categorical(distribution[0], self.random)
         return actions, actions

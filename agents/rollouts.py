@@ -1,14 +1,14 @@
 """Episodes of a policy in a learned model, under a guardian, and what is estimated from them.
 
-Answers    a guardian and a table of its answers
-World      with it the states that episodes start from
+Answers    a guardian and a table of its answers, by the hash of a state
+World      the guardian, the states that episodes start from, and tables where states are few
 simulate   N episodes of H steps in a model
 advantages generalised advantage estimation of several signals at once
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from saferl.safety.guardians import Guardian
 from saferl.safety.guardians.features import DataBuffers
 from saferl.safety.guardians.fitting import flat
 from saferl.safety.guardians.search import distinct_rows, row_keys
-from saferl.safety.models import Model
+from saferl.safety.models import Model, Step
 from saferl.spec import Spec
 from saferl.training.configs import parse_settings
 
@@ -102,48 +102,84 @@ class Answers(DataBuffers):
         return (self.outside[row, actions] | ~known).to(observations.dtype)
 
 
-class World(Answers):
-    """What rollouts ask besides the model: the guardian, and where episodes start.
+class World(DataBuffers):
+    """What rollouts ask besides the model.
 
-    States can be counted with a model that replays logged rows and discrete actions.
+    A *place* is where an episode is: a raw observation; or, where states can be counted (a model
+    that replays logged rows, discrete actions), the number of a state, by which the guardian's
+    answers and what the models replay are found in tables. All that is learnt is in buffers.
     """
 
     def __init__(self, guardian: Guardian | None):
-        super().__init__(guardian)
-        self.declare("starts", "permitted")
+        super().__init__()
+        self.guardian = guardian
+        self.declare("starts", "states", "outside", "permitted")
 
     @torch.no_grad()
-    def fit(self, dataset: Dataset, starts: str, actions: int) -> None:
-        """Take starts, and fill the table where ``actions`` (their number) is above 0."""
+    def fit(self, dataset: Dataset, starts: str, actions: int, models: Iterable[Model]) -> None:
+        """Take starts; where ``actions`` (their number) is above 0, count states if they are few.
+
+        ``models`` replay rows of the dataset.
+        """
         observations = torch.tensor(flat(dataset.observations), device=self.device)
         if starts == "initial":
             rows = torch.as_tensor(dataset.episodes[:, 0].copy(), device=self.device)
         else:
             rows = torch.arange(len(dataset), device=self.device)
-        self.starts = observations[rows[:: -(-len(rows) // MAX_STARTS)]]
-        if self.guardian is None or not actions:
+        rows = rows[:: -(-len(rows) // MAX_STARTS)]
+        self.starts = observations[rows]
+        if not actions:
             return
-        if (states := self.fill(dataset, actions)) is not None:
-            self.permitted = permitted(self.guardian, states, actions)
+        following = torch.tensor(flat(dataset.next_observations), device=self.device)
+        states = torch.cat((observations, following))
+        keys, first, number, multipliers = distinct_rows(states)
+        if len(keys) * actions > MAX_TABLE:
+            return
+        self.states, self.starts = states[first], number[rows]
+        for model in models:
+            arrival = torch.searchsorted(keys, row_keys(model.successors, multipliers))
+            model.number(self.states, arrival)
+        if self.guardian is not None:
+            self.permitted, self.outside = supported(self.guardian, self.states, actions)
 
-    def allowed(self, observations: Tensor, actions: int) -> Tensor:
+    def see(self, places: Tensor) -> Tensor:
+        """Raw observations ``[M, B, O]``."""
+        return places if self.states is None else self.states[places]
+
+    def ood(self, places: Tensor, actions: Tensor) -> Tensor:
+        """``[M, B]`` 0/1 of places and raw actions; 0 without a guardian."""
+        if self.guardian is None:
+            return torch.zeros(places.shape[:2], device=self.device)
+        if self.outside is None:
+            return self.guardian.is_ood(places, actions).float()
+        return self.outside[places, actions].float()
+
+    def allowed(self, places: Tensor, actions: int) -> Tensor:
         """``[M, B, actions]`` bool: which actions a mask leaves."""
         if self.permitted is None:
-            return permitted(self.guardian, observations, actions)
-        return self.permitted[self._row(observations)[0]]
+            return supported(self.guardian, places, actions)[0]
+        return self.permitted[places]
 
     def draw(self, count: int, random: MemberRandom) -> Tensor:
-        """Raw observations ``[M, count, O]`` to start from."""
+        """Places to start from, ``[M, count]`` or ``[M, count, O]``."""
         return self.starts[random.integers(len(self.starts), count)]
 
+    def step(self, model: Model, places: Tensor, actions: Tensor, random: MemberRandom) -> Step:
+        """A transition of the model, whose next observations are places."""
+        move = model.step if self.states is None else model.walk
+        return move(places, actions, random)
 
-def permitted(guardian: Guardian, observations: Tensor, actions: int) -> Tensor:
-    """``[*, actions]`` bool: supported actions, or the best supported one where none is."""
+
+def supported(guardian: Guardian, observations: Tensor, actions: int) -> tuple[Tensor, Tensor]:
+    """Of every action ``[*, actions]`` bool: whether a mask leaves it, and whether it is outside.
+
+    A mask leaves the best supported action where none is supported.
+    """
     every = torch.arange(actions, device=observations.device)
     scores = guardian.score(observations.unsqueeze(-2), every)
-    inside = ~guardian.is_ood(observations.unsqueeze(-2), every)
+    outside = guardian.flag(scores)
     best = every == scores.argmin(-1, keepdim=True)
-    return torch.where(inside.any(-1, keepdim=True), inside, best)
+    return torch.where(outside.all(-1, keepdim=True), best, ~outside), outside
 
 
 class MaskedActor(nn.Module):
@@ -165,7 +201,7 @@ class MaskedActor(nn.Module):
         """Log probabilities ``[M, B, actions]``; the mask is looked up unless it is given."""
         if allowed is None:
             raw = observations * self.scale + self.shift
-            allowed = permitted(self._guardian[0], raw, self.actions)
+            allowed = supported(self._guardian[0], raw, self.actions)[0]
         return self.inner(observations).masked_fill(~allowed, REFUSED).log_softmax(-1)
 
     def mode(self, observations: Tensor) -> Tensor:
@@ -178,7 +214,7 @@ class MaskedActor(nn.Module):
 class Rollout(NamedTuple):
     """N episodes of at most H steps for each member, side by side."""
 
-    observations: Tensor  # [M, N, H, O], the agent's units
+    places: Tensor  # [M, N, H + 1] where states are counted, else [M, N, H + 1, O], raw
     actions: Tensor  # [M, N, H, A] as drawn, or [M, N, H] int64
     allowed: Tensor | None  # [M, N, H, actions] bool, under a mask
     rewards: Tensor  # [M, N, H], raw
@@ -186,7 +222,6 @@ class Rollout(NamedTuple):
     ood: Tensor  # [M, N, H], 1 where the guardian calls the step unsupported
     alive: Tensor  # [M, N, H], 1 until the episode is over; all that is above is 0 or void after it
     ended: Tensor  # [M, N, H], 1 at the step that ended it; never 1 where H cut it
-    final: Tensor  # [M, N, O], agent's units: the state behind the last step
 
     @property
     def open(self) -> Tensor:
@@ -202,7 +237,6 @@ def simulate(
     horizon: int,
     random: MemberRandom,
     decide: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
-    normalise: Callable[[Tensor], Tensor],
     *,
     absorb: bool = False,
     mask: int = 0,
@@ -210,31 +244,31 @@ def simulate(
     """Play N = ``episodes`` episodes of H = ``horizon`` steps.
 
     Args:
-        decide: from the agent's observations ``[M, N, O]`` and the mask to actions as drawn and
-            raw actions, which the model and the guardian are asked about.
-        normalise: raw observations to the agent's.
+        decide: from places (see `World`) and the mask to actions as drawn and raw actions, which
+            the model and the guardian are asked about.
         absorb: an unsupported step ends the episode; the model is then not believed about it, so
             it has neither reward nor cost.
         mask: number of actions, of which `decide` is given the supported ones; 0: no mask.
     """
-    state = world.draw(episodes, random)
-    alive = state.new_ones(state.shape[:2])
-    steps = []
+    place = world.draw(episodes, random)
+    alive = torch.ones(place.shape[:2], device=place.device)
+    places, steps = [place], []
     for _ in range(horizon):
-        seen = normalise(state)
-        allowed = world.allowed(state, mask) if mask else None
-        actions, raw = decide(seen, allowed)
-        outside = world.ood(state, raw) * alive
-        found = model.step(state, raw, random)
+        allowed = world.allowed(place, mask) if mask else None
+        actions, raw = decide(place, allowed)
+        outside = world.ood(place, raw) * alive
+        found = world.step(model, place, raw, random)
         counts = alive * (1 - outside) if absorb else alive
         ended = torch.maximum(found.terminals, outside) if absorb else found.terminals
         ended = alive * ended
         rewards, costs = found.rewards * counts, found.costs * counts[..., None]
-        steps.append((seen, actions, allowed, rewards, costs, outside, alive, ended))
+        steps.append((actions, allowed, rewards, costs, outside, alive, ended))
         alive = alive - ended
-        state = torch.where(alive[..., None] > 0, found.next_observations, state)
+        goes_on = (alive > 0).view(*alive.shape, *(1,) * (place.dim() - 2))
+        place = torch.where(goes_on, found.next_observations, place)
+        places.append(place)
     columns = [None if column[0] is None else torch.stack(column, 2) for column in zip(*steps)]
-    return Rollout(*columns, normalise(state))
+    return Rollout(torch.stack(places, 2), *columns)
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
 """OGSRL's variants on ICU-Sepsis, learned from logged episodes and evaluated exactly.
 
-    python benchmarks/ogsrl.py --iterations 500        about two hours on one core
+    python benchmarks/ogsrl.py        about 25 minutes on one core
 
 20 000 episodes of clinicians; a cost of 1 per step with a SOFA score of 10 or more, and a budget of
 0.592 per patient, 0.8 of the clinicians'. Each method trains five members from a clone of the
-clinicians, with the dose columns among the observations and without. The learned policies are
+clinicians, with the dose columns among the observations and without. Settings were chosen on the
+data of seed 0; what is reported comes from those of --data-seed, 1. The learned policies are
 stochastic, and their survival, cost and share of inadmissible steps follow from the benchmark's
 tables without sampling; so does what their own model promises of them.
 
@@ -40,16 +41,20 @@ SETTINGS: dict[str, Any] = {
     "hidden": [64, 64],
     "clone_updates": CLONE,
     "model": "tabular",
+    "model_options": "prior=3",  # else pairs of few rows can lead back to themselves for good
     "levels": [icu.LEVELS, icu.LEVELS],
     "guardian": "kde",
     "guardian_options": "bandwidth=0.15 scaling=minmax neighbours=none",
     "alpha": 0.15,
     "calibration": 0.25,
-    "episodes": 128,
+    "episodes": 1024,
     "horizon": 30,
+    "kl": 0.05,
+    "damping": 0.3,
+    "smoothing": 0.5,
     "discount": 0.999,  # the reward, survival, comes last: a patient in a hurry is no better off
     "cost_discount": 1.0,
-    "ood_probability": 0.15,  # 0.06 of the episodes meet a state without a supported action
+    "ood_probability": 0.2,  # 0.06 of the episodes meet a state without a supported action
 }
 LIMIT = {"cost_limit": BUDGET}
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -158,8 +163,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['members']} members, {result['iterations']} iterations of {result['played']} "
         "episodes in the model.",
         "",
-        f"{result['episodes']} logged episodes of clinicians; budget {BUDGET} steps with SOFA ≥ 10 "
-        "per patient. Survival (mean and standard deviation over members), cost and inadmissible "
+        f"{result['episodes']} logged episodes of clinicians (data of seed "
+        f"{result['data_seed']}); budget {BUDGET} steps with SOFA ≥ 10 per patient. Survival (mean and standard deviation over members), cost and inadmissible "
         "steps are exact for the learned stochastic policy; *promised* is the survival in its own "
         "model, *too high by* promised minus true, and *promised cost* what training compared with "
         "the budget, over the last iterations; *to optimum* is "
@@ -242,9 +247,10 @@ def key(name: str, doses: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--members", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=20_000, help="logged")
+    parser.add_argument("--data-seed", type=int, default=1)
     parser.add_argument("--played", type=int, default=SETTINGS["episodes"], help="per iteration")
     parser.add_argument("--clone", type=int, default=CLONE, help="updates of cloning")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
@@ -255,8 +261,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     file = options.out.with_suffix(".json")
-    plan = {name: getattr(options, name) for name in ("iterations", "members", "episodes", "played",
-                                                      "clone")}  # fmt: skip
+    names = ("iterations", "members", "episodes", "data_seed", "played", "clone")
+    plan = {name: getattr(options, name) for name in names}
     cells: dict[str, Any] = {}
     if file.exists() and not options.fresh:
         earlier = json.loads(file.read_text())
@@ -274,7 +280,7 @@ def main() -> None:
     }
     kinds = {"both": (True, False), "with": (True,), "without": (False,)}[options.doses]
     for doses in kinds:
-        dataset = icu.make_dataset("clinician", options.episodes, doses=doses)
+        dataset = icu.make_dataset("clinician", options.episodes, options.data_seed, doses=doses)
         for name in options.methods:
             if key(name, doses) in cells:
                 continue

@@ -44,6 +44,7 @@ class _Replay(Model):
         self.feature_map = features
         self.declare("pairs", "start", "count", "successors", "following", "rewards", "row_costs",
                      "row_outcomes")  # fmt: skip
+        self.declare("near", "near_weight", "arrival")  # of numbered states, by `number`
         self._means: Tensor | None = None
 
     @property
@@ -71,24 +72,49 @@ class _Replay(Model):
         """Pairs ``[M, B, k]`` whose rows may be replayed, and their probabilities."""
         raise NotImplementedError
 
-    def _row(self, observations: Tensor, pair: Tensor, uniform: Tensor) -> Tensor:
+    def _row(self, pair: Tensor, uniform: Tensor) -> Tensor:
         """A row of each pair ``[M, B]``, from uniform numbers ``[M, B, 2]``."""
         return _pick(self.start[pair], self.count[pair], uniform[..., 0])
 
     @torch.no_grad()
     def step(self, observations: Tensor, actions: Tensor, random: MemberRandom) -> Step:
         self._ready()
-        near, weight = self._near(observations, actions)
-        uniform = random.uniform(observations.shape[1], 3)
+        return self._replay(*self._near(observations, actions), self.successors, random)
+
+    @torch.no_grad()
+    def number(self, states: Tensor, arrival: Tensor) -> None:
+        """Make `walk` possible, which finds by number what `step` searches for.
+
+        Args:
+            states: ``[S, O]``, in which discrete actions are asked about.
+            arrival: the number of each of `successors` among them.
+        """
+        self._ready()
+        found = [
+            self._near(states[None], torch.full((1, len(states)), action, device=self.device))
+            for action in range(self.spec.action_dim)
+        ]
+        self.near, self.near_weight = (torch.stack(part, 2)[0] for part in zip(*found))
+        self.arrival = arrival
+
+    @torch.no_grad()
+    def walk(self, places: Tensor, actions: Tensor, random: MemberRandom) -> Step:
+        """`step` from and to numbers of states, ``[M, B]`` int64."""
+        near, weight = self.near[places, actions], self.near_weight[places, actions]
+        return self._replay(near, weight, self.arrival, random)
+
+    def _replay(self, near: Tensor, weight: Tensor, where: Tensor, random: MemberRandom) -> Step:
+        """A row of one of the pairs ``[M, B, k]``, leading to that row of ``where`` ``[U, …]``."""
+        uniform = random.uniform(near.shape[1], 3)
         chosen = (weight.cumsum(-1) <= uniform[..., :1]).sum(-1, keepdim=True)
         pair = near.gather(-1, chosen.clamp_max(near.shape[-1] - 1)).squeeze(-1)
-        row = self._row(observations, pair, uniform[..., 1:])
+        row = self._row(pair, uniform[..., 1:])
         outcomes = self.row_outcomes[row]
         return Step(
-            self.successors[self.following[row]],
+            where[self.following[row]],
             self.rewards[row],
             self.row_costs[row],
-            (outcomes > 0).to(observations.dtype),
+            (outcomes > 0).to(weight.dtype),
             outcomes,
         )
 
@@ -275,8 +301,8 @@ class TabularModel(_Replay):
         near = self.nearest[pair].unsqueeze(-1)
         return near, torch.ones_like(near, dtype=observations.dtype)
 
-    def _row(self, observations: Tensor, pair: Tensor, uniform: Tensor) -> Tensor:
-        own = super()._row(observations, pair, uniform)
+    def _row(self, pair: Tensor, uniform: Tensor) -> Tensor:
+        own = super()._row(pair, uniform)
         if not self.prior:
             return own
         # Rows are in the order of states, so those of a pair's state lie side by side.

@@ -28,20 +28,29 @@ def quiet(line: str) -> None:
     pass
 
 
-def logged(discrete: bool, episodes: int = 30, seed: int = 0) -> Dataset:
-    """Noise in episodes of four steps, half of them with a terminal end."""
+def logged(discrete: bool, episodes: int = 30, seed: int = 0, states: int = 0) -> Dataset:
+    """Noise in episodes of four steps, half of them with a terminal end.
+
+    ``states``: how many there are; 0: none occurs twice.
+    """
     random = np.random.default_rng(seed)
     rows = episodes * LENGTH
     ends = np.arange(rows) % LENGTH == LENGTH - 1
     terminal = ends & (random.random(rows) < 0.5)
     kind = {"n_actions": 4} if discrete else {"action_low": (-2.0, 0.0), "action_high": (2.0, 4.0)}
+    few = np.random.default_rng(1)
+
+    def visited() -> np.ndarray:
+        found = random.normal(size=(rows, OBS))
+        return found[few.integers(states, size=rows)] if states else found
+
     return Dataset.from_arrays(
-        random.normal(size=(rows, OBS)),
+        visited(),
         random.integers(4, size=rows) if discrete else random.uniform([-2, 0], [2, 4], (rows, 2)),
         random.normal(size=rows),
         terminal,
         ends & ~terminal,
-        random.normal(size=(rows, OBS)),
+        visited(),
         costs=random.random(rows),
         id="noise",
         **kind,
@@ -66,6 +75,11 @@ def played(agent):
     return rollout
 
 
+def seen(agent, rollout) -> Tensor:
+    """Observations ``[M, N, H + 1, O]`` of all places in the agent's units."""
+    return (agent.world.see(rollout.places) - agent._mean) / agent._std
+
+
 # One update is the equations ---------------------------------------------------------------------
 
 
@@ -74,24 +88,30 @@ class Reference:
 
     def __init__(self, agent, member: int, discounts: tuple[float, ...], gae: float):
         rollout = played(agent)
+        observations = seen(agent, rollout)
         self.critics = nets(agent.critic, member)
+        spared_net, shift, scale = (
+            nets(agent.spared.net, member)[0],
+            agent.spared.shift[member].item(),
+            agent.spared.scale[member].item(),
+        )
         self.episodes = []  # of each: states, actions, signals per critic, advantages, targets
         self.discounts = discounts
         total = [0.0] * len(discounts)
         for n in range(rollout.alive.shape[1]):
             alive = rollout.alive[member, n]
             steps = int(alive.sum())
-            states = [rollout.observations[member, n, t] for t in range(steps)]
+            states = [observations[member, n, t] for t in range(steps)]
             ended = bool(rollout.ended[member, n, steps - 1])
             assert ended == bool(rollout.ended[member, n].any())
             assert ended or steps == alive.shape[0]
-            last = rollout.final[member, n]
+            last = observations[member, n, -1]
             ood = rollout.ood[member, n, :steps].tolist()
             rewards = agent.spec.reward_scale * rollout.rewards[member, n, :steps]
             columns = [rewards.tolist(), ood]
             if len(discounts) == 3:
                 cost = rollout.costs[member, n, :steps, 0].tolist()
-                spared = [max(self.critics[2](s).item(), 0.0) for s in states]
+                spared = [max(shift + scale * spared_net(s).item(), 0.0) for s in states]
                 columns.append([c + o * v for c, o, v in zip(cost, ood, spared)])
             all_advantages, all_targets = [], []
             for k, (critic, gamma) in enumerate(zip(self.critics, discounts)):
@@ -146,7 +166,13 @@ def assert_net(net: Net, mlp, member: int, element: int = 0) -> None:
 
 
 def check_cpo(
-    member: int, probability: float, limit: float | None, close: bool = False, **settings
+    member: int,
+    probability: float,
+    limit: float | None,
+    close: bool = False,
+    states: int = 0,
+    seed: int = 0,
+    **settings,
 ) -> tuple[int, bool]:
     """One update against the reference; which case of the step it was, and whether the line search
     refused a try for the limit that the step does not know of.
@@ -156,9 +182,12 @@ def check_cpo(
     """
     gamma, gamma_c, delta, damping = 0.9, 0.8, 0.02, 0.05
     agent = make(
-        True, ood_probability=probability, cost_limit=limit or 1.0, discount=gamma, kl=delta,
+        True, logged(True, seed=seed, states=states), ood_probability=probability,
+        cost_limit=limit or 1.0, discount=gamma, kl=delta,
         cost_discount=gamma_c, damping=damping, cg_iterations=120, critic_lr=1e-2, **settings,
     )  # fmt: skip
+    # Networks are asked about all states where the steps played are more than those.
+    assert (agent._rows(torch.zeros(2, 1).long(), None).index is None) == (not states)
     reference = Reference(agent, member, (gamma, gamma, gamma_c), 0.95)
     j_ood, j_cost = reference.totals[1:]
     unit = sum(gamma_c**t for t in range(LENGTH)) / LENGTH
@@ -260,9 +289,18 @@ def test_a_cpo_update_is_the_reference(float64, member, probability, limit, case
 def test_a_cpo_update_at_its_budget_is_the_reference(float64, member):
     """A reward and its opposite: what one of them gains costs more, so its step is cut."""
     for close in (False, True):
-        found = [check_cpo(member, 0.99, None, close, reward_scale=x) for x in (1.0, -1.0)]
+        found = [check_cpo(member, 0.99, None, close, seed=seed, reward_scale=scale)
+                 for scale in (1.0, -1.0) for seed in (0, 1)]  # fmt: skip
         assert CORNER in {case for case, _ in found}
         assert any(refused for _, refused in found) == close
+
+
+@pytest.mark.parametrize("member", range(len(MEMBERS)))
+def test_a_cpo_update_of_few_states_is_the_reference(float64, member):
+    """Networks are asked about all states then, and the steps pick their answers."""
+    budgets = ((0.99, 50.0), (0.01, 50.0), (0.99, 0.1), (0.99, None))
+    cases = {check_cpo(member, *budget, states=7)[0] for budget in budgets}
+    assert len(cases) > 1
 
 
 @pytest.mark.parametrize("member", range(len(MEMBERS)))
@@ -328,9 +366,9 @@ def test_rollouts_replay_the_model_and_end_where_it_does(discrete):
                  normalize_observations=True)  # fmt: skip
     rollout = agent._play(agent.models[0])
     spec = agent.spec
-    raw = rollout.observations * torch.tensor(spec.observation_std) + torch.tensor(
-        spec.observation_mean
-    )
+    raw = agent.world.see(rollout.places)
+    scaled = (raw - torch.tensor(spec.observation_mean)) / torch.tensor(spec.observation_std)
+    torch.testing.assert_close(seen(agent, rollout), scaled)
     first = dataset.observations[dataset.episodes[:, 0]]
     train, _ = split(dataset, 0.2)
     alive, ended = rollout.alive.bool(), rollout.ended.bool()
@@ -365,7 +403,8 @@ def test_absorbing_ends_at_the_first_unsupported_step(discrete):
         scale, shift = plain._half_range, plain._center
     for agent, rollout in ((plain, one), (absorbing, two)):
         actions = rollout.actions if discrete else rollout.actions.clamp(-1, 1) * scale + shift
-        outside = agent.guardian.is_ood(rollout.observations, actions) & (rollout.alive > 0)
+        observations = agent.world.see(rollout.places)[:, :, :-1]
+        outside = agent.guardian.is_ood(observations, actions) & (rollout.alive > 0)
         assert torch.equal(rollout.ood > 0, outside)
     # The same start, the same draws: equal up to the first unsupported step.
     first = (one.ood.cumsum(-1) - one.ood) == 0
@@ -380,29 +419,57 @@ def test_absorbing_ends_at_the_first_unsupported_step(discrete):
     assert torch.equal(two.rewards[inside], one.rewards[inside])
 
 
-def test_the_table_is_the_guardian():
-    """Discrete actions and a replaying model: asked once before training, at all logged states."""
+def test_tables_of_counted_states_are_guardian_and_model():
+    """Discrete actions and a replaying model: both are asked once before training."""
     dataset = logged(True)
-    agent = make(True, dataset)
-    assert agent.world.outside.shape == (2 * len(dataset), 4)
-    states = torch.tensor(np.concatenate([dataset.observations, dataset.next_observations]))
-    states = states[torch.randperm(len(states), generator=torch.Generator().manual_seed(0))]
-    for action in range(4):
-        rows, actions = states.expand(2, -1, -1), torch.full((2, len(states)), action)
-        expected = agent.guardian.is_ood(rows, actions)
-        assert torch.equal(agent.world.ood(rows, actions) > 0, expected)
-        assert expected.any() and not expected.all()
-    assert make(False).world.outside is None
+    for settings in ({}, {"model_options": "k=3"}, {"model": "tabular"}):
+        agent = make(True, dataset, margin_models=1, cost_limit=1.0, **settings)
+        states = agent.world.states
+        logged_states = np.concatenate([dataset.observations, dataset.next_observations])
+        assert {tuple(s) for s in logged_states} == {tuple(s) for s in states.numpy()}
+        places = torch.arange(len(states)).expand(2, -1)
+        for action in range(4):
+            rows, actions = states.expand(2, -1, -1), torch.full(places.shape, action)
+            expected = agent.guardian.is_ood(rows, actions)
+            assert torch.equal(agent.world.ood(places, actions) > 0, expected)
+            assert expected.any() and not expected.all()
+            for model in agent.models:
+                walked = model.walk(places, actions, MemberRandom(MEMBERS))
+                stepped = model.step(rows, actions, MemberRandom(MEMBERS))
+                for one, two in zip(walked[1:], stepped[1:]):
+                    assert torch.equal(one, two)
+                assert torch.equal(states[walked.next_observations], stepped.next_observations)
+    assert make(False).world.outside is None and make(False).world.states is None
+
+
+def test_what_is_spared_by_leaving_is_what_the_data_spent():
+    """Regression on the discounted costs that logged episodes had yet to spend, state by state."""
+    dataset = logged(True, episodes=200, states=5)
+    settings = {"cost_limit": 1.0, "cost_discount": 0.5, "hidden": [32], "critic_lr": 1e-2}
+    agent = make(True, dataset, **settings)
+    train, _ = split(dataset, 0.2)
+    to_go = [sum(0.5**k * c for k, c in enumerate(train.costs[t : t - t % LENGTH + LENGTH]))
+             for t in range(len(train))]  # fmt: skip
+    for state in np.unique(train.observations, axis=0):
+        mean = np.mean(np.array(to_go)[(train.observations == state).all(1)])
+        for found in agent.spared(torch.tensor(state).expand(2, 1, -1)).detach():
+            assert float(found) == pytest.approx(mean, abs=0.08)
+    rollout = agent._play(agent.models[0])
+    charged = agent._signals(rollout)[..., 2] - rollout.costs[..., 0]
+    every = agent.spared(agent.world.states.expand(2, -1, -1))
+    expected = every.gather(1, rollout.places[:, :, :-1].flatten(1, 2)).view_as(charged)
+    torch.testing.assert_close(charged, expected * rollout.ood)
+    assert rollout.ood.any()
 
 
 def test_a_mask_leaves_supported_actions_in_training_and_after():
     dataset = logged(True)
     agent = make(True, dataset, ood_mode="mask", cost_limit=1.0, episodes=200)
     rollout = agent._play(agent.models[0])
-    states = torch.tensor(dataset.observations).expand(2, -1, -1)
+    states = agent.world.states.expand(2, -1, -1)
     every = torch.arange(4)
     outside = agent.guardian.is_ood(states[..., None, :], every)
-    allowed = agent.world.allowed(states, 4)
+    allowed = agent.world.allowed(torch.arange(states.shape[1]).expand(2, -1), 4)
     none = outside.all(-1)
     assert none.any() and not none.all()
     assert torch.equal(allowed[~none], ~outside[~none])
@@ -410,8 +477,7 @@ def test_a_mask_leaves_supported_actions_in_training_and_after():
     assert torch.equal(allowed[none], F.one_hot(best[none], 4).bool())
     chosen = rollout.allowed.gather(-1, rollout.actions[..., None])[..., 0]
     assert chosen.all()
-    assert torch.equal(rollout.allowed, agent.world.allowed(rollout.observations.flatten(1, 2), 4)
-                       .view_as(rollout.allowed))  # fmt: skip
+    assert torch.equal(rollout.allowed, agent.world.allowed(rollout.places[:, :, :-1], 4))
     agent.update(None)
     policy = agent.policy()
     for actions in (policy(states), policy.sample(states, MemberRandom(MEMBERS))):
@@ -424,7 +490,7 @@ def test_a_penalty_is_paid_from_the_step_to_the_horizon():
     agent = make(True, optimiser="trpo", ood_mode="penalty", ood_penalty=7.0, discount=0.9,
                  horizon=5, reward_scale=2.0, reward_shift=-1.0)  # fmt: skip
     rollout = agent._play(agent.models[0])
-    signals = agent._signals(rollout, agent._values(rollout))[..., 0]
+    signals = agent._signals(rollout)[..., 0]
     seen = set()
     for m, n in np.ndindex(2, 6):
         for t in range(5):

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from saferl.errors import SaferlError, unknown
 from saferl.safety.guardians.features import DataBuffers, FeatureMap, as_tensor, in_kind
-from saferl.safety.guardians.search import Search, hash_multipliers, row_keys
+from saferl.safety.guardians.search import Search, distinct_rows, hash_multipliers, row_keys
 
 TIE = 1e-5
 """Scores closer than this times max(1, |score|) are ties: devices round differently, and tabular
@@ -193,7 +193,8 @@ class Guardian(DataBuffers):
         groups = None if groups is None else _groups(groups, len(rows))
         self._check_overlap(rows, groups)
         groups = np.arange(len(rows)) if groups is None else groups
-        self._calibrate(self._scores(rows), alpha, groups)
+        _, first, index, _ = distinct_rows(rows)  # tabular data have few different ones
+        self._calibrate(self._scores(rows[first])[index], alpha, groups)
         return self
 
     def _check_overlap(self, rows: Tensor, groups: np.ndarray | None) -> None:
@@ -261,9 +262,10 @@ class Guardian(DataBuffers):
             SaferlError: not fitted or not calibrated; sizes that do not fit.
         """
         scores = self._asked(observations, actions)
-        return in_kind(self._flag(scores), observations)
+        return in_kind(self.flag(scores), observations)
 
-    def _flag(self, scores: Tensor) -> Tensor:
+    def flag(self, scores: Tensor) -> Tensor:
+        """`is_ood` of what `score` returned, a tensor."""
         return scores > self.threshold + TIE * self.threshold.abs().clamp_min(1)
 
     @torch.no_grad()
@@ -294,7 +296,7 @@ class Guardian(DataBuffers):
             raise unknown("cost mode", mode, ("hard", "soft"))
         scores = self._asked(observations, actions)
         if mode == "hard":
-            return in_kind(self._flag(scores).float(), observations)
+            return in_kind(self.flag(scores).float(), observations)
         if temperature is not None and temperature <= 0:
             raise SaferlError(f"temperature must be positive, got {temperature}")
         temperature = self.temperature if temperature is None else temperature
