@@ -175,7 +175,7 @@ class Guarded(CostLimited, Agent):
     def _log_prob(
         self, distribution: tuple[Tensor, ...], actions: Tensor, index: Tensor | None = None
     ) -> Tensor:
-        """``[M, B]`` of actions at rows ``index`` ``[M, B]`` of a distribution; None: row by row."""
+        """``[M, B]`` of actions at rows ``index`` ``[M, B]`` of it; None: row by row."""
         raise NotImplementedError
 
     def _divergence(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
