@@ -306,13 +306,15 @@ class Guarded(CostLimited, Agent):
 
     def _spare(self, train: Any, observations: Tensor) -> None:
         """Regress the costs to go of logged steps; nothing follows the end of an episode."""
-        spared, ends = self.spared, train.terminals | train.timeouts
+        ends = train.terminals | train.timeouts
         discounts = np.array(self.column("cost_discount"))
-        found, following = np.empty((len(train), self.members), np.float32), np.zeros(self.members)
+        found, following = np.empty((len(train), self.members)), np.zeros(self.members)
         for t in range(len(train) - 1, -1, -1):
             following = train.costs[t] + discounts * (0.0 if ends[t] else 1.0) * following
             found[t] = following
-        costs = torch.from_numpy(found).T.to(observations)
+        # In float64: hundreds of steps make much of a rounding, which depends on the other members.
+        spared, kind = self.spared.double(), observations.dtype
+        observations, costs = observations.double(), torch.from_numpy(found).T.to(self.device)
         spared.shift.copy_(costs.mean(1, keepdim=True))
         spared.scale.copy_(costs.std(1, correction=0, keepdim=True).clamp_min(1e-6))
         random = MemberRandom(self.seeds, self.device, stream=6)
@@ -322,6 +324,7 @@ class Guarded(CostLimited, Agent):
             target = (costs.gather(1, rows) - spared.shift) / spared.scale
             error = spared.net(observations[rows])[:, 0] - target
             self.minimise(optimizer, error.square().mean(-1))
+        spared.to(kind)
 
     def _budget(self, length: int, say: Callable[[str], None]) -> None:
         """Limits in the units of the estimates; episodes last ``length`` steps."""

@@ -145,7 +145,7 @@ class _Learner(Guarded):
     def _values(self, rollout: Rollout) -> Tensor:
         """V of every state and of the last, ``[M, N, H + 1, K]``."""
         rows = self._rows(rollout.places.flatten(1, 2), None)
-        values = rows.pick(self.critic(rows.observations).movedim(1, -1))
+        values = rows.pick_last(self.critic(rows.observations)).movedim(1, -1)
         return values.unflatten(1, rollout.places.shape[1:3])
 
     def _totals(self, rollout: Rollout, signals: Tensor, values: Tensor) -> Tensor:
@@ -239,10 +239,12 @@ class _Learner(Guarded):
     def _regress(self, rollout: Rollout, targets: Tensor) -> Metrics:
         """Steps of the critics towards targets ``[M, N, H, K]``."""
         rows, weight, _ = self._played(rollout)
-        targets, weight = targets.flatten(1, 2), weight[..., None]
+        targets = targets.flatten(1, 2).mT
         for _ in range(self.config.critic_updates):
-            values = rows.pick(self.critic(rows.observations).movedim(1, -1))
-            loss = ((values - targets).square() * weight).sum(1) / weight.sum(1)  # [M, K]
+            error = (rows.pick_last(self.critic(rows.observations)) - targets).square() * weight[
+                :, None
+            ]
+            loss = error.sum(-1) / weight.sum(1, keepdim=True)  # [M, K]
             self.minimise(self.critic_optimizer, loss.sum(1))
         return {"critic_loss": loss.detach().sum(1)}
 
@@ -268,6 +270,12 @@ class _Rows(NamedTuple):
             return tuple(map(self.pick, answers))
         index = self.index.view(*self.index.shape, *(1,) * (answers.dim() - 2))
         return answers.gather(1, index.expand(-1, -1, *answers.shape[2:]))
+
+    def pick_last(self, answers: Tensor) -> Tensor:
+        """Answers ``[M, K, U]`` of each place ``[M, K, B]``."""
+        if self.index is None:
+            return answers
+        return answers.gather(2, self.index[:, None].expand(-1, answers.shape[1], -1))
 
     def first(self, count: int) -> _Rows:
         """Of the first ``count`` places."""

@@ -1,6 +1,6 @@
 """OGSRL's variants on ICU-Sepsis, learned from logged episodes and evaluated exactly.
 
-    python benchmarks/ogsrl.py        about 25 minutes on one core
+    python benchmarks/ogsrl.py        about half an hour of one core
 
 20 000 episodes of clinicians; a cost of 1 per step with a SOFA score of 10 or more, and a budget of
 0.592 per patient, 0.8 of the clinicians'. Each method trains five members from a clone of the
@@ -250,7 +250,7 @@ def key(name: str, doses: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=150)
+    parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--members", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=20_000, help="logged")
     parser.add_argument("--data-seed", type=int, default=1)
