@@ -16,7 +16,8 @@ sums of whole episodes, it steps π by one of
 - ``ppo_lag`` λ_k by its multiplier, then clipped PPO steps on (Â_r - Σ λ_k Â_k) / (1 + Σ λ_k)
 
 (Â: standardised; J_k never is), and then V_k by regression on A_k + V_k. Episodes that end are not
-bootstrapped from, those that H cuts are. ``ood_mode`` says what an unsupported step does.
+bootstrapped from, those that H cuts are. ``ood_mode`` says what an unsupported step does; where it
+ends the episode it is charged b(s), what logged episodes still spent from there on.
 
 ε̄ is the 90 % quantile, over models fitted to resampled episodes that T̂ and π never saw, of the
 excess of π's cost there over its cost in T̂; it follows π during training.
