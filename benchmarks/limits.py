@@ -12,6 +12,7 @@ initial states. docs/benchmarks.md says what is compared. The data are saferl's 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import sys
 import tempfile
@@ -33,16 +34,19 @@ FOR_EACH_LIMIT = {"cost_limit": list(LIMITS)}
 # work, cheap ones first.
 TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bc_safe": ("bc_safe", {}),
+    "caps": ("caps", {}),
     "bc": ("bc", {"lr": 1e-3}),  # as BC-Safe has it
     "td3_bc": ("td3_bc", {}),
-    "caps": ("caps", {}),
-    "a2pr": ("a2pr", {}),
     "a2pr_limited": ("a2pr", FOR_EACH_LIMIT),
+    "a2pr": ("a2pr", {}),
     "coptidice": ("coptidice", FOR_EACH_LIMIT),
     "cpq": ("cpq", FOR_EACH_LIMIT),
     "bcq_lag": ("bcq_lag", FOR_EACH_LIMIT),
 }
 CLONING = ("bc", "bc_safe")
+# What a target of rate τ learns of costs with discount γ takes 1 / (τ (1 - γ)) updates to arrive,
+# 20 000 at the published τ. Runs that short in comparison are given faster rates, all alike.
+RATES = {"tau": 0.005, "multiplier_lr": 1e-3, "alpha_lr": 1e-4}
 SHARES = (1.0, 0.1)  # of what keeps a limit, cloned by BC-Safe; each limit and share by itself
 RESERVE = 0.5  # of the limit, kept back by the shield for what stopping costs
 
@@ -51,6 +55,7 @@ Played = dict[str, dict[str, Any]]  # by limit, "any" where there is none: an ar
 
 def settings_of(training: str, dataset: str, options: argparse.Namespace) -> dict[str, Any]:
     """Published values, the scale, what all have alike, and what the training varies."""
+    from saferl.registry import agent_class
     from saferl.training.configs import published
 
     agent, own = TRAININGS[training]
@@ -60,6 +65,8 @@ def settings_of(training: str, dataset: str, options: argparse.Namespace) -> dic
         "batch_size": options.clone_batch_size if cloning else options.batch_size,
         "normalize_observations": True,
     }
+    fields = {field.name for field in dataclasses.fields(agent_class(agent).Config)}
+    settings |= {name: options.faster * rate for name, rate in RATES.items() if name in fields}
     if agent == "caps":
         settings["actor_decay_steps"] = options.updates
     return settings | own
@@ -214,6 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=64, help="units per layer; 0: as published")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--clone-batch-size", type=int, default=256, help="of BC and BC-Safe")
+    parser.add_argument("--faster", type=float, default=4.0, help="factor of the rates of targets")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
     parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
