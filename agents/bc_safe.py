@@ -12,7 +12,7 @@ perceptron, squared error, Adam at 1e-3. Members that differ by their seed alone
 what their limit lets pass, and w is 1 throughout. Where limits differ the buffer has what the
 largest lets pass, and each member leaves out by w what its own does not. Given how many rows of a
 batch pass, they are a uniform sample of the filtered data, so the gradient is that of cloning those
-alone with smaller batches.
+alone with smaller batches; but which rows a member draws depends on the limits beside it.
 
 Deviations: none known at ``best_fraction`` 1. Below it is %BC (Chen et al. 2021, arXiv 2106.01345)
 among the episodes that keep the limit, which is ours: among those are failed ones that cost nothing
@@ -105,8 +105,10 @@ class BCSafe(BC):
         pairs = zip(self.column("cost_limit"), self.column("best_fraction"))
         for member, (limit, fraction) in enumerate(pairs):
             within = dataset.costs <= np.float32(limit)
-            if fraction < 1 and not _alike(self.config):
-                least = least_return(rewards[first][within[first]], fraction)
+            if fraction < 1:
+                # Where all members clone the same, `prepare` has left out the rest.
+                share = 1.0 if _alike(self.config) else fraction
+                least = least_return(rewards[first][within[first]], share)
                 self.least_return[member] = float(least)
                 within &= rewards >= least
             best = "" if fraction == 1 else f", best {fraction:.0%}"
@@ -139,5 +141,5 @@ def _alike(config: BCSafeConfig) -> bool:
 
 
 def least_return(returns: np.ndarray, fraction: float) -> np.floating:
-    """What the best ``fraction`` of the episodes, one at least, return at least."""
+    """What the best ``fraction`` of the episodes, and one at least, return at least."""
     return np.sort(returns)[::-1][max(1, math.floor(fraction * len(returns))) - 1]

@@ -113,6 +113,7 @@ def test_each_member_clones_the_best_of_what_its_limit_lets_pass():
     settings = {"cost_limit": [4.0, 4.0], "best_fraction": 0.5}
     rows = BCSafe.prepare(dataset, BCSafe.make_config(settings))
     agent, metrics = trained(BCSafe, dataset, 200, (5, 5), lr=2e-3, **settings)
+    assert agent.least_return.tolist() == [2.0, 2.0]  # members that are merged take it along
     assert len(rows.episodes) == 21 and metrics["kept_share"].tolist() == [1.0, 1.0]
     assert actions_of(agent.policy()).mean(1).tolist() == pytest.approx([expected[1]] * 2, abs=0.08)
     assert make(BCSafe).least_return.tolist() == [torch.finfo().min] * 2
