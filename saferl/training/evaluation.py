@@ -134,8 +134,6 @@ def evaluate_run(
         guards.append(Guard(name, file, limit, exact))
         guarded.append(Evaluation.concatenate(rows))
 
-    for stale in folder.path.glob("guarded*.csv"):
-        stale.unlink()
     for one, rows in zip(guards, guarded):
         rows.write(folder.path / one.file)
     file = folder.path / "evaluation.csv"
@@ -143,6 +141,8 @@ def evaluate_run(
         bare = Evaluation.concatenate([earlier, bare])
     Known(step, limits, described, values, frontier, guards).write(folder.path)
     bare.write(file)
+    for stale in set(folder.path.glob("guarded*.csv")) - {folder.path / g.file for g in guards}:
+        stale.unlink()
     return RunFiles.read(folder.path)
 
 

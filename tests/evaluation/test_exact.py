@@ -97,6 +97,31 @@ def test_doses_have_the_exact_values_of_their_levels():
     assert whole.cost == "sofa10" and whole.observations.shape == (icu.STATES, 1)
 
 
+def test_a_model_of_every_pair_predicts_the_truth():
+    """Every pair of the ladder is logged, so the agent's own table is the environment's."""
+    env, rows = Ladder(), []
+    for first, second in [(0, None), (1, 0), (1, 1)] * 10:
+        env.reset()
+        for state, action in enumerate((first, second)):
+            if action is not None:
+                following, reward, ended, _, info = env.step(action)
+                rows.append(([state], action, reward, ended, False, following, info["cost"]))
+    columns = [np.array(column) for column in zip(*rows)]
+    dataset = saferl.Dataset.from_arrays(*columns, id="ladder", env_id=LADDER, n_actions=2)
+    settings = {"model": "tabular", "hidden": [4], "episodes": 4, "horizon": 3, "cost_limit": 1.0,
+                "margin_models": 0, "guardian": "count", "clone_updates": 0}  # fmt: skip
+    agent = saferl.make_agent("discrete_ogsrl", dataset, members=6, **settings)
+    agent.fit(dataset, lambda line: None)
+    returns, costs = agent.predict(3)
+    exact = exact_values(tabular_task(LADDER), agent.policy())
+    assert len(set(exact["return"])) > 1
+    assert returns.tolist() == [[value] * 3 for value in exact["return"]]
+    assert costs.tolist() == [[value] * 3 for value in exact["cost"]]
+    anywhere = saferl.make_agent("discrete_ogsrl", dataset, starts="any", **settings)
+    assert anywhere.predict(3) is None
+    assert saferl.make_agent("discrete_bc", dataset).predict(3) is None
+
+
 def test_a_run_in_a_table_is_reported_with_its_frontier(tmp_path):
     arrays = {"observations": np.zeros((12, 1)), "actions": np.arange(12) % 2,
               "rewards": 1.0 + np.arange(12) % 2, "terminals": np.ones(12, bool),
