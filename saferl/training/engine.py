@@ -4,7 +4,7 @@ The loop reads them every N steps, so no update waits for the host. Three ways t
 updates, from the same random streams:
 
 - ``eager``: one operation after the other;
-- ``compile``: `Agent.learn` through torch.compile;
+- ``compile``: the operations of `Agent.learn`, recorded once and compiled by Inductor;
 - ``cuda_graph``: drawing the batch, K updates and the sums of their metrics are recorded once as a
   CUDA graph and then replayed with a single launch.
 """
@@ -23,6 +23,7 @@ from saferl.data.buffer import Batch, ReplayBuffer
 from saferl.errors import SaferlError, unknown
 from saferl.nn import PRECISIONS
 from saferl.rng import MemberRandom
+from saferl.training.compiled import Compiled
 
 ENGINES = ("auto", "eager", "compile", "cuda_graph")
 BLOCKS = (20, 1)  # updates in one CUDA graph; the shorter for what the longer leaves
@@ -172,37 +173,13 @@ class Engine:
         self.buffer.load_state_dict(part(state, "buffer."))
         # They hold the memory of what is replaced here.
         self._graphs, self._seen = {}, set()
+        if self._learn is not None:
+            self._learn = Compiled(self.agent)
         self._sums = {k: v.to(self.agent.device).clone() for k, v in part(state, "sum.").items()}
         self._counts = {k: int(v) for k, v in part(state, "count.").items()}
 
     def close(self) -> None:
         """Release what the engine holds besides memory."""
-
-
-class Compiled:
-    """`Agent.learn` through torch.compile.
-
-    Generators cannot be traced, so the numbers that `learn` draws are drawn before it and handed
-    in; which they are is noted in a first, eager update of each pattern.
-    """
-
-    def __init__(self, agent: Any):
-        self.agent = agent
-        self._requests: dict[Hashable, list] = {}
-        self._function = torch.compile(self._body, dynamic=False)
-
-    def _body(self, batch: Batch, drawn: list[Tensor]) -> dict[str, Tensor]:
-        with self.agent.random.handing_out(drawn):
-            return self.agent.learn(batch)
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        agent = self.agent
-        if agent.now not in self._requests:
-            with agent.random.noting() as requests:
-                metrics = agent.learn(batch)
-            self._requests[agent.now] = requests
-            return metrics
-        return self._function(batch, agent.random.draw(self._requests[agent.now]))
 
 
 class Recorded:

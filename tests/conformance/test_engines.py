@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saferl.training import compiled
 from saferl.training.engine import Engine
 
 from .test_agents import Setup, cls
@@ -21,6 +22,20 @@ def trained(cls, kind: str, device: str = "cpu") -> tuple[dict, dict]:
     engine.run(37)
     engine.run(UPDATES - 37)
     return setup.agent.state_dict() | engine.state_dict(), engine.read()
+
+
+def test_recorded_operations_are_the_update_to_the_bit(cls, monkeypatch):
+    """What the compiler is given, run operation by operation."""
+    monkeypatch.setattr(compiled, "inductor", lambda module, inputs: module)
+    eager, recorded = Setup(cls), Setup(cls)
+    engines = Engine(eager.agent, eager.buffer), Engine(recorded.agent, recorded.buffer, "compile")
+    for engine in engines:
+        engine.run(9)
+        engine.load_state_dict(engine.state_dict())  # what was recorded is recorded anew
+        engine.run(9)
+    expected = eager.agent.state_dict() | engines[0].state_dict()
+    for key, tensor in (recorded.agent.state_dict() | engines[1].state_dict()).items():
+        assert torch.equal(tensor, expected[key]), key
 
 
 @pytest.mark.slow
