@@ -86,7 +86,7 @@ class Perturbation(nn.Module):
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """``[M, B, O], [M, B, A]`` to ``[M, B, A]``."""
-        shift = self.mlp(torch.cat((observations, actions), -1))[:, 0].tanh()
+        shift = self.mlp(observations, actions)[:, 0].tanh()
         return (actions + self.reach * shift).clamp(-1, 1)
 
 

@@ -291,7 +291,6 @@ class Ours:
 
         self.subjects.clear()
         gc.collect()
-        torch._dynamo.reset()
         if self.device != "cpu":
             torch.cuda.empty_cache()
 
@@ -388,9 +387,6 @@ def serve(device: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    # All compiled subjects share one function, which must not fall back to eager for their number.
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.accumulated_recompile_limit = 256
     ours = Ours(device)
     names = ("make", "plain", "warm", "run", "split", "rate", "drop", "estimate", "long")
     handlers = {name: getattr(ours, name) for name in names}

@@ -44,8 +44,7 @@ class QEnsemble(nn.Module):
 
         ``frozen`` where the loss moves what chose the actions, not the critics.
         """
-        x = torch.cat((observations, actions), -1)
-        return self.mlp(x, elements, frozen=frozen).squeeze(-1)
+        return self.mlp(observations, actions, elements=elements, frozen=frozen).squeeze(-1)
 
     def many(self, observations: Tensor, actions: Tensor) -> Tensor:
         """K actions for each state: ``[M, B, O], [M, B, K, A]`` to ``[M, E, B, K]``."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saferl.nn.blocks import ManyActions
+from saferl.nn.perceptron import Layers, Plan
 from saferl.rng import MemberRandom
 
 # An initialiser fills one layer in torch.nn.Linear's layout: weight [out, in] and bias [out].
@@ -63,27 +64,6 @@ def compute_in(dtype: torch.dtype | None) -> Iterator[None]:
         _compute = before
 
 
-NARROW = 32  # columns up to which the transposed product is the faster one (CPU)
-
-
-class _NarrowHead(torch.autograd.Function):
-    """x [K,B,H] @ w [K,H,J] for few columns J, where a plain product is up to 5 times slower."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return torch.bmm(w.mT, x.mT).mT
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, w = ctx.saved_tensors
-        need_x, need_w = ctx.needs_input_grad
-        dx = (grad * w.mT if w.shape[-1] == 1 else torch.bmm(grad, w.mT)) if need_x else None
-        # In the weight's own layout, which fused Adam takes for granted.
-        dw = torch.bmm(grad.mT, x).mT.contiguous() if need_w else None
-        return dx, dw
-
-
 class _Spread(torch.autograd.Function):
     """base [K,B,H], each row n times, plus y [K,B·n,J] @ w [K,J,H], summed in place."""
 
@@ -103,10 +83,6 @@ class _Spread(torch.autograd.Function):
         dy = torch.bmm(grad, w.mT) if need_y else None
         dw = torch.bmm(y.mT, grad) if need_w else None
         return dbase, dy, dw
-
-
-def _cast(x: Tensor) -> Tensor:
-    return x if _compute is None else x.to(_compute)
 
 
 class MLP(nn.Module):
@@ -148,54 +124,26 @@ class MLP(nn.Module):
             if layer_norm and layer < last:
                 self.scales.append(nn.Parameter(torch.ones_like(bias)))
                 self.offsets.append(nn.Parameter(torch.zeros_like(bias)))
+        # The same objects: to look them up in a ParameterList takes as long as a small product.
+        self._stacks = tuple(self.weights), tuple(self.biases)
 
-    def _shared(self, x: Tensor, elements: int) -> Tensor:
-        """``[M, …]`` to ``[M·E, …]``: the same input for every ensemble element."""
-        x = x.unsqueeze(1).expand(self.members, elements, *x.shape[1:])
-        return x.reshape(self.members * elements, *x.shape[2:])
-
-    def _stacked(self, which: nn.ParameterList, layer: int, elements: int) -> Tensor:
-        parameter = which[layer]
-        if elements < self.ensemble:
-            parameter = parameter[:, :elements]
-        return _cast(parameter.flatten(0, 1))
+    def _run(
+        self, inputs: Sequence[Tensor], layers: slice, elements: int, frozen: bool = False
+    ) -> Tensor:
+        """Some layers, with ReLUs between them."""
+        weights, biases = (stack[layers] for stack in self._stacks)
+        plan = Plan(len(inputs), elements, _compute or weights[0].dtype, frozen)
+        return Layers.apply(plan, *inputs, *weights, *biases)
 
     def _activate(self, x: Tensor, layer: int, elements: int) -> Tensor:
         if self.scales:
-            scale = self._stacked(self.scales, layer, elements)
-            offset = self._stacked(self.offsets, layer, elements)
-            x = torch.addcmul(offset, F.layer_norm(x, x.shape[-1:]), scale)
-        return x.relu_()
-
-    def _layers(
-        self,
-        x: Tensor,
-        first: int,
-        elements: int,
-        dropout: float = 0.0,
-        random: MemberRandom | None = None,
-        frozen: bool = False,
-    ) -> Tensor:
-        """From the input of layer ``first``, ``[M·E, rows, …]``, to ``[M·E, rows, out]``."""
-        last = len(self.weights) - 1
-        for layer in range(first, last + 1):
-            weight = self._stacked(self.weights, layer, elements)
-            bias = self._stacked(self.biases, layer, elements)
-            if weight.shape[-1] <= NARROW:
-                # A Function forms all gradients that are possible, torch's own those asked for.
-                x = _NarrowHead.apply(x, weight.detach() if frozen else weight) + bias
-            else:
-                x = torch.baddbmm(bias, x, weight)
-            if layer < last:
-                x = self._activate(x, layer, elements)
-                if dropout:
-                    kept = random.uniform(elements, *x.shape[1:]).flatten(0, 1) >= dropout
-                    x = x * kept / (1 - dropout)
-        return x
+            scale, offset = self.scales[layer][:, :elements], self.offsets[layer][:, :elements]
+            x = torch.addcmul(offset, F.layer_norm(x.to(scale.dtype), x.shape[-1:]), scale)
+        return x.relu()
 
     def forward(
         self,
-        x: Tensor,
+        *inputs: Tensor,
         elements: int | None = None,
         dropout: float = 0.0,
         random: MemberRandom | None = None,
@@ -204,16 +152,34 @@ class MLP(nn.Module):
         """``[M, B, in]`` (shared by the ensemble) or ``[M, E, B, in]`` to ``[M, E, B, out]``.
 
         Args:
+            inputs: one tensor, or parts of it along the last axis.
             elements: only the first so many of the ensemble.
             dropout: probability that a hidden unit is zeroed (the others grow by 1/(1-p)), drawn
                 from ``random``.
-            frozen: only gradients of ``x`` will be asked for, not of the parameters.
+            frozen: only gradients of the inputs will be asked for, not of the parameters.
         """
-        e, rows, dtype = elements or self.ensemble, x.shape[-2], x.dtype
-        x = _cast(x)
-        x = self._shared(x, e) if x.dim() == 3 else x.reshape(self.members * e, rows, -1)
-        x = self._layers(x, 0, e, dropout, random, frozen).to(dtype)
-        return x.view(self.members, e, rows, -1)
+        return self._from(0, inputs, elements or self.ensemble, dropout, random, frozen)
+
+    def _from(
+        self,
+        first: int,
+        inputs: Sequence[Tensor],
+        elements: int,
+        dropout: float = 0.0,
+        random: MemberRandom | None = None,
+        frozen: bool = False,
+    ) -> Tensor:
+        """`forward` from layer ``first`` on."""
+        if not self.scales and not dropout:
+            return self._run(inputs, slice(first, None), elements, frozen)
+        last = len(self.weights) - 1
+        for layer in range(first, last):
+            x = self._run(inputs, slice(layer, layer + 1), elements, frozen)
+            x = self._activate(x, layer, elements)
+            if dropout:
+                x = x * (random.uniform(*x.shape[1:]) >= dropout) / (1 - dropout)
+            inputs = (x,)
+        return self._run(inputs, slice(last, None), elements, frozen)
 
     def many(self, x: Tensor, y: Tensor) -> Tensor:
         """Each row of ``x`` ``[M, B, I]`` with each of its K ``y`` ``[M, B, K, J]``, I + J = in.
@@ -221,20 +187,20 @@ class MLP(nn.Module):
         Equal to `forward` on ``x`` repeated K times beside ``y``, as ``[M, E, B, K, out]``, but the
         first layer's product with ``x`` is formed once per row. Needs a hidden layer.
         """
-        e, (rows, k), split, dtype = self.ensemble, y.shape[1:3], x.shape[-1], x.dtype
-        x, y = _cast(x), _cast(y)
-        weight = self._stacked(self.weights, 0, e)
-        bias = self._stacked(self.biases, 0, e)
-        base = torch.baddbmm(bias, self._shared(x, e), weight[:, :split])
+        e, split, dtype = self.ensemble, x.shape[-1], x.dtype
+        plan = Plan(1, e, _compute or self.weights[0].dtype)
+        weight, bias = plan.stack(self.weights[0]), plan.stack(self.biases[0])
+        base, weight = torch.baddbmm(bias, plan.join((x,)), weight[:, :split]), weight[:, split:]
         if x.device.type == "cpu" and not self.scales:
             *hidden, weight_out, bias_out = [
-                self._stacked(which, layer, e)
+                plan.stack(which[layer])
                 for layer in range(1, len(self.weights))
                 for which in (self.weights, self.biases)
             ]
-            y = self._shared(y, e)
-            out = ManyActions.apply(base, y, weight[:, split:], weight_out, *hidden) + bias_out
+            actions = plan.join((y.flatten(2),)).unflatten(-1, y.shape[2:])
+            out = ManyActions.apply(base, actions, weight, weight_out, *hidden) + bias_out
+            out = out.unflatten(0, (-1, e))
         else:
-            hidden = _Spread.apply(base, self._shared(y.flatten(1, 2), e), weight[:, split:])
-            out = self._layers(self._activate(hidden, 0, e), 1, e)
-        return out.to(dtype).view(self.members, e, rows, k, -1)
+            hidden = _Spread.apply(base, plan.join((y.flatten(1, 2),)), weight)
+            out = self._from(1, (self._activate(hidden.unflatten(0, (-1, e)), 0, e),), e)
+        return out.to(dtype).unflatten(2, y.shape[1:3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from saferl.nn.mlp import MLP
@@ -39,13 +38,13 @@ class VAE(nn.Module):
         self, observations: Tensor, actions: Tensor, frozen: bool = False
     ) -> tuple[Tensor, Tensor]:
         """μ and log σ, each ``[M, B, Z]``, of actions ``[M, B, A]`` at ``[M, B, O]``."""
-        heads = self.encoder(torch.cat((observations, actions), -1), frozen=frozen)[:, 0]
+        heads = self.encoder(observations, actions, frozen=frozen)[:, 0]
         mean, log_std = heads.chunk(2, -1)
         return mean, log_std.clamp(*self.bounds)
 
     def decode(self, observations: Tensor, latents: Tensor, frozen: bool = False) -> Tensor:
         """Actions ``[M, B, A]`` of latents ``[M, B, Z]``."""
-        return self.decoder(torch.cat((observations, latents), -1), frozen=frozen)[:, 0].tanh()
+        return self.decoder(observations, latents, frozen=frozen)[:, 0].tanh()
 
     def forward(
         self, observations: Tensor, actions: Tensor, noise: Tensor, frozen: bool = False

@@ -1,7 +1,7 @@
 """`Agent.learn` compiled: its operations are recorded once per pattern and handed to Inductor.
 
 A recorded update is a list of tensor operations, backward passes included, and as such free of what
-stops a tracer of Python code: optimisers, generators, custom gradients, several losses on one graph.
+stops a tracer of Python code: optimisers, generators, own gradients, several losses on one graph.
 It is what a CUDA graph records as well, under the same contract: no reads to the host, and tensors
 that outlive an update are changed in place.
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saferl.data.buffer import Batch, ReplayBuffer
+from saferl.data.buffer import ReplayBuffer
 from saferl.errors import SaferlError, unknown
 from saferl.nn import PRECISIONS
 from saferl.rng import MemberRandom

@@ -19,7 +19,7 @@ from saferl.nn import (
     torch_default,
     xavier,
 )
-from saferl.nn.mlp import _NarrowHead, _Spread
+from saferl.nn.mlp import _Spread
 from saferl.rng import MemberRandom
 
 M, E, B, K = 3, 2, 5, 4
@@ -108,12 +108,6 @@ def test_many_of_critics():
 
 def test_own_derivatives():
     """Against finite differences, also where only some inputs need a gradient."""
-    for columns in (1, 4):
-        x = normal(2, B, 3).requires_grad_()
-        w = normal(2, 3, columns, seed=1).requires_grad_()
-        assert torch.autograd.gradcheck(_NarrowHead.apply, (x, w))
-        assert torch.autograd.gradcheck(_NarrowHead.apply, (x.detach(), w))
-        assert torch.autograd.gradcheck(_NarrowHead.apply, (x, w.detach()))
     base = normal(2, B, 6, seed=2).requires_grad_()
     y, w = normal(2, B * K, 3, seed=3).requires_grad_(), normal(2, 3, 6, seed=4).requires_grad_()
     assert torch.autograd.gradcheck(_Spread.apply, (base, y, w))
@@ -142,7 +136,7 @@ def test_dropout():
     assert not torch.equal(out[0], out[1])
     assert not torch.equal(out[:, :, 0], out[:, :, 1])
     assert torch.equal(out, mlp(x, dropout=0.25, random=MemberRandom([0, 1])))
-    assert torch.equal(out[1:], MLP.forward(_member(mlp, 1), x[1:], None, 0.25, MemberRandom([1])))
+    assert torch.equal(out[1:], _member(mlp, 1)(x[1:], dropout=0.25, random=MemberRandom([1])))
     assert (mlp(x) == 1).all()
 
 
