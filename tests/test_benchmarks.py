@@ -63,9 +63,6 @@ def test_an_update_multiplies_what_the_floor_counts(agent):
     expected = 0.0
     for p in floors.passes(agent, o, a, config):
         seen = p.total()
-        if 0 < p.inputs < p.sizes[0]:
-            # Autograd takes the gradient of a whole input; that at the observation comes along.
-            seen += p.networks * p.rows * (p.sizes[0] - p.inputs) * p.sizes[1]
         if (p.weights or p.inputs) and p.sizes[-1] == 1 and p.rows == rows:
             # The gradient at the last hidden layer of a critic is formed element by element (but
             # not where many actions go through at once).
