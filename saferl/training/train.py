@@ -353,14 +353,24 @@ def load_agent(run: str | Path, step: int | None = None, device: str = "cpu"):
     """The agent of a run folder at its last (or a given) checkpoint.
 
     Raises:
-        SaferlError: no such run or checkpoint.
+        SaferlError: no such run or checkpoint, or one that another version of the agent wrote.
     """
     state, header = RunFolder(run).load(step)
     cls = agent_class(header["agent"])
     config = cls.make_config(header["config"])
     agent = cls(Spec.from_dict(header["spec"]), config, header["seeds"], pick_device(device))
-    agent.load_state_dict(part(state, "agent."))
+    try:
+        agent.load_state_dict(part(state, "agent."))
+    except (KeyError, RuntimeError) as error:
+        raise SaferlError(
+            f"the checkpoint of {run} does not fit this version's {header['agent']} "
+            f"({_one_line(error)}): use the version that wrote it, or train again"
+        ) from error
     return agent
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:100]
 
 
 def _constrain(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from saferl.errors import SaferlError
 from saferl.evaluation import Evaluation, write_report
 from saferl.evaluation.files import Known, RunFiles
 from saferl.safety.guardians.fitting import fit_guardian, guardian_for, split
+from saferl.training.run import RunFolder
 from tests.conftest import point_dataset
 
 from .test_train import ENV, quick
@@ -108,7 +111,7 @@ def test_members_under_limits_of_their_own_are_guarded_by_them(tmp_path):
 
 def test_what_a_model_predicts_stands_beside_what_was_measured(tmp_path):
     dataset = point_dataset(20, n_actions=None)
-    settings = {"hidden": [8], "episodes": 4, "horizon": 5, "cost_limit": 4.0, "margin_models": 0,
+    settings = {"hidden": [8], "episodes": 4, "horizon": 5, "cost_limit": 4.0, "margin_models": 0, "clone_updates": 0,
                 "critic_updates": 1}  # fmt: skip
     trained = quick(dataset, tmp_path / "ogsrl", "ogsrl", env=ENV, steps=2, settings=settings)
     agent = saferl.load_agent(trained.path)
@@ -172,3 +175,15 @@ def test_no_data_for_a_guardian_is_said_and_nothing_is_counted(run):
     found = quietly(run, say=lines.append)
     assert len(lines) == 1 and lines[0].startswith("no OOD rate: the run was started with a Python")
     assert found.evaluation.at().ood is None or np.isnan(found.evaluation.at().ood).all()
+
+
+def test_a_checkpoint_of_another_version_is_told(run, tmp_path):
+    copy = tmp_path / "old"
+    shutil.copytree(run, copy)
+    folder = RunFolder(copy)
+    state, header = folder.load()
+    state = {key: value for key, value in state.items() if "actor" not in key}
+    folder.save(header.pop("step"), state, header)
+    with pytest.raises(SaferlError, match="does not fit this version's td3_bc") as error:
+        quietly(copy)
+    assert "\n" not in str(error.value)
