@@ -110,9 +110,9 @@ def test_members_under_limits_of_their_own_are_guarded_by_them(tmp_path):
 
 
 def test_what_a_model_predicts_stands_beside_what_was_measured(tmp_path):
-    dataset = point_dataset(20, n_actions=None)
-    settings = {"hidden": [8], "episodes": 4, "horizon": 5, "cost_limit": 4.0, "margin_models": 0, "clone_updates": 0,
-                "critic_updates": 1}  # fmt: skip
+    dataset = point_dataset(20)
+    settings = {"hidden": [8], "episodes": 4, "horizon": 5, "cost_limit": 4.0, "margin_models": 0,
+                "clone_updates": 0, "critic_updates": 1}  # fmt: skip
     trained = quick(dataset, tmp_path / "ogsrl", "ogsrl", env=ENV, steps=2, settings=settings)
     agent = saferl.load_agent(trained.path)
     returns, costs = agent.predict(6)
