@@ -30,3 +30,8 @@ def unknown(kind: str, name: str, valid: Iterable[str], hint: str = "") -> Safer
     valid = sorted(valid)
     listing = "Valid: " + ", ".join(valid[:30]) + (", …" if len(valid) > 30 else "")
     return SaferlError(f"unknown {kind} {name!r}: {nearest(name, valid)}{hint or listing}".rstrip())
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and first line of an error of another library."""
+    return f"{type(error).__name__}: {error}".split("\n")[0].rstrip(": ")

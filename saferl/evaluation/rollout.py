@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from saferl.errors import SaferlError
+from saferl.errors import SaferlError, one_line
 from saferl.registry import make_env
 
 Env = Any  # a gymnasium id, or a function without arguments that makes an environment
@@ -67,10 +67,6 @@ def _name(env: Env, made: Any) -> str:
         return env
     spec = getattr(made, "spec", None)
     return spec.id if spec is not None else type(getattr(made, "unwrapped", made)).__name__
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0].rstrip(": ")
 
 
 class _Spaces:
@@ -189,7 +185,7 @@ class Slots:
             observation, _ = self.envs[slot].reset(seed=int(self.seeds[slot]) + episode)
             self.observations[slot] = self.spaces.flatten(observation)
         except Exception as error:
-            raise self._failure(slot, _one_line(error)) from error
+            raise self._failure(slot, one_line(error)) from error
         if not np.isfinite(self.observations[slot]).all():
             raise self._failure(slot, "the first observation is not finite")
 
@@ -209,7 +205,7 @@ class Slots:
                 self.rewards[i] = reward
                 self.costs[i] = 0.0 if cost is None else np.asarray(cost, np.float64).item()
             except Exception as error:
-                raise self._failure(i, _one_line(error)) from error
+                raise self._failure(i, one_line(error)) from error
             self.has_costs |= cost is not None
             self.terminals[i] = terminated
             self.timeouts[i] = not terminated and (truncated or self.elapsed[i] >= self.horizon)

@@ -14,7 +14,7 @@ import torch
 from saferl.data import load_dataset
 from saferl.data.buffer import ReplayBuffer
 from saferl.data.dataset import Dataset
-from saferl.errors import SaferlError
+from saferl.errors import SaferlError, one_line
 from saferl.evaluation import Evaluator
 from saferl.evaluation.rollout import Slots
 from saferl.registry import agent_class
@@ -364,13 +364,9 @@ def load_agent(run: str | Path, step: int | None = None, device: str = "cpu"):
     except (KeyError, RuntimeError) as error:
         raise SaferlError(
             f"the checkpoint of {run} does not fit this version's {header['agent']} "
-            f"({_one_line(error)}): use the version that wrote it, or train again"
+            f"({one_line(error)}): use the version that wrote it, or train again"
         ) from error
     return agent
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:100]
 
 
 def _constrain(
