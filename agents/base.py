@@ -63,7 +63,7 @@ class Agent:
     Config: ClassVar[type[AgentConfig]] = AgentConfig
     discrete: ClassVar[bool] = False  # the action space the method is for
     variants: ClassVar[frozenset[str]] = frozenset()  # fields that may differ between members
-    pixels: ClassVar[bool] = False  # whether it learns from pixels, else from vectors
+    pixels: ClassVar[bool | None] = False  # whether it learns from pixels; None: vectors as well
     needs_costs: ClassVar[bool] = False  # whether it cannot learn from data without costs
     needs_dataset: ClassVar[bool] = True  # whether an environment alone is not enough
     acts: ClassVar[bool] = False  # in an environment while it learns; Config is a HybridConfig
@@ -94,7 +94,7 @@ class Agent:
                 f"{type(self).__name__} is for {'discrete' if self.discrete else 'continuous'} "
                 f"actions but the task's are {kind}: `saferl list` shows which agent takes which"
             )
-        if bool(spec.image) != self.pixels:
+        if self.pixels is not None and bool(spec.image) != self.pixels:
             kinds = ("pixels", "vectors") if self.pixels else ("vectors", "pixels")
             raise SaferlError(
                 f"{type(self).__name__} learns from {kinds[0]} but the task's observations are "

@@ -31,33 +31,22 @@ from torch import Tensor
 from saferl.data.buffer import Batch
 from saferl.data.nstep import n_step
 from saferl.errors import SaferlError
-from saferl.nn import (
-    DeterministicActor,
-    Encoder,
-    PixelActor,
-    PixelCritic,
-    QEnsemble,
-    Trunk,
-    orthogonal,
-    polyak,
-    random_shift,
-)
+from saferl.nn import DeterministicActor, QEnsemble, orthogonal, polyak
 from saferl.rng import MemberRandom
 
-from .base import Agent, AgentConfig, Metrics
+from .base import Agent, Metrics
+from .pixels import PixelConfig, SeesPixels
 
 EDGE = 1 - 1e-6  # actions with noise are kept within this
 
 
 @dataclass(frozen=True)
-class DrQBCConfig(AgentConfig):
+class DrQBCConfig(PixelConfig):
     """Defaults: the authors' for V-D4RL at 84 pixels."""
 
     hidden: tuple[int, ...] = (1024, 1024)
     channels: tuple[int, ...] = (32, 32, 32, 32)  # of the convolutions
     strides: tuple[int, ...] = (2, 1, 1, 1)  # of the convolutions
-    features: int = 50  # units of a trunk
-    pad: int = 4  # pixels of the largest shift; 0: none
     n_step: int = 3  # n, agent steps
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4  # encoder and critics
@@ -69,7 +58,7 @@ class DrQBCConfig(AgentConfig):
     tau: float = 0.01  # Polyak rate of the targets per update
 
 
-class DrQBC(Agent):
+class DrQBC(SeesPixels, Agent):
     Config = DrQBCConfig
     pixels = True
     variants = frozenset({"alpha"})
@@ -94,28 +83,15 @@ class DrQBC(Agent):
 
     def build(self, init: MemberRandom) -> None:
         c, a = self.config, self.spec.action_dim
-        if len(c.channels) != len(c.strides):
-            raise SaferlError(
-                f"channels and strides are one per layer, got {c.channels} and {c.strides}"
-            )
-        encoder = Encoder(init, self.spec.image, c.channels, c.strides)
-        if not encoder.size:
-            raise SaferlError(
-                f"images of {self.spec.image} are too small for strides {c.strides}: use fewer"
-            )
         layers = {"hidden_init": orthogonal(1.0), "final_init": orthogonal(1.0)}
-        self.actor = PixelActor(
-            encoder,
-            Trunk(init, encoder.size, c.features),
+        self.actor, self.critic = self.behind_pixels(
+            init,
             DeterministicActor(init, c.features, a, c.hidden, **layers),
-        )
-        self.critic = PixelCritic(
-            Trunk(init, encoder.size, c.features),
             QEnsemble(init, c.features, a, c.hidden, 2, **layers),
         )
         self.critic_target = self.target_of(self.critic)
-        self.critic_optimizer = self.adam(encoder, self.critic, lr=c.critic_lr)
-        self.actor_optimizer = self.adam(self.actor.trunk, self.actor.actor, lr=c.actor_lr)
+        self.critic_optimizer = self.adam(*self.moved_by_critics(), lr=c.critic_lr)
+        self.actor_optimizer = self.adam(*self.moved_by_actor(), lr=c.actor_lr)
 
     def deviation(self) -> float | Tensor:
         """σ of this update, by the critics' optimiser's own counter on the device."""
@@ -132,18 +108,12 @@ class DrQBC(Agent):
         actions = mean + (noise * deviation).clamp(-clip, clip)
         return actions + (actions.clamp(-EDGE, EDGE) - actions).detach()
 
-    def shifted(self, images: Tensor, offsets: Tensor) -> Tensor:
-        return random_shift(images, offsets, self.config.pad) if self.config.pad else images
-
     def learn(self, batch: Batch) -> Metrics:
         c, rows = self.config, batch.rewards.shape[1]
         noise, next_noise = self.random.normal(2, rows, self.spec.action_dim).unbind(1)
-        offsets, next_offsets = self.random.integers(2 * c.pad + 1, 2, rows, 2).unbind(1)
-        deviation, encoder = self.deviation(), self.actor.encoder
-
-        features = encoder(self.shifted(batch.observations, offsets))
+        deviation, seen = self.deviation(), self.seen(batch)
+        features, following = seen.observations, seen.next_observations
         with torch.no_grad():
-            following = encoder(self.shifted(batch.next_observations, next_offsets))
             next_actions = self.explore(self.actor(following), next_noise, deviation)
             next_q = self.critic_target(following, next_actions).amin(1)
             target = batch.rewards + c.discount**c.n_step * (1 - batch.terminals) * next_q

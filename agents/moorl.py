@@ -82,6 +82,8 @@ class MOORL(SAC):
     def build(self, init: MemberRandom) -> None:
         super().build(init)
         c = self.config
+        if self.spec.image and c.meta_step == "gradient":
+            raise SaferlError("meta_step=gradient is for vectors: use reptile on pixels")
         if c.acting == "fast":
             self.fast_actor = self.target_of(self.actor)
         moving = [*self.actor.parameters(), *self.critic.parameters()]

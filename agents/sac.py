@@ -11,6 +11,9 @@ of the target (all E of them, or ``target_critics`` drawn anew for each step), a
     L_α     = -log α · mean (log π(p|s) + H̄)                               step log α
     Q̄      ← τ Q + (1 - τ) Q̄
 
+From pixels, s and s' are features of shifted images (agents/pixels.py): L_Q moves their encoder,
+and the actor's step sees it after that, without a gradient.
+
 π and α are stepped with every critic step, or once per update, after the last, on its batch or on
 all rows of the update (``actor_steps``).
 
@@ -23,6 +26,7 @@ L_π has P = (Q - ρ k Qc) / (1 + ρ) in place of Q; agents/costs.py has Qc, k a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +41,7 @@ from saferl.rng import MemberRandom
 from .base import Agent, Metrics
 from .costs import CostConfig, CostLimited
 from .hybrid import HybridConfig, at_least
+from .pixels import PixelConfig, SeesPixels
 
 ACTOR_STEPS = ("each", "last", "all")
 ACTOR_VALUES = ("min", "mean")
@@ -44,7 +49,7 @@ INITS = {"torch": torch_default, "xavier": xavier(), "orthogonal": orthogonal()}
 
 
 @dataclass(frozen=True)
-class SACConfig(CostConfig, HybridConfig):
+class SACConfig(CostConfig, HybridConfig, PixelConfig):
     """Defaults: the authors' second version; where there is a dataset, it is half of each batch."""
 
     inner_steps: int = 1  # K, critic steps per update, each on a batch of its own
@@ -87,30 +92,37 @@ class SACConfig(CostConfig, HybridConfig):
         return self.inner_steps
 
 
-class SAC(CostLimited, Agent):
+class SAC(CostLimited, SeesPixels, Agent):
     Config = SACConfig
     acts = True
     needs_dataset = False
+    pixels = None
     variants = frozenset(
         {"discount", "cost_penalty", "cost_limit", "cost_discount", "multiplier_lr"}
         | {"exploration_budget"}
     )
 
     def build(self, init: MemberRandom) -> None:
-        c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim
+        c, o, a = self.config, self.inputs, self.spec.action_dim
         fill = INITS[c.init]
-        self.actor = TanhGaussianActor(
+        actor = TanhGaussianActor(
             init, o, a, c.hidden, c.log_std_min, final_init=fill, scale_log_std=c.scale_log_std,
             layer_norm=c.actor_layer_norm, hidden_init=fill,
         )  # fmt: skip
         hidden = c.critic_hidden or c.hidden
-        self.critic = QEnsemble(init, o, a, hidden, c.critics, c.critic_layer_norm, fill, fill)
+        critic = QEnsemble(init, o, a, hidden, c.critics, c.critic_layer_norm, fill, fill)
+        self.actor, self.critic = self.behind_pixels(init, actor, critic)
         self.critic_target = self.target_of(self.critic)
         start = torch.full((self.members,), float(c.initial_temperature)).log()
         self.log_temperature = nn.Parameter(start.to(self.device))
-        self.actor_optimizer = self.adam(self.actor, lr=c.actor_lr)
-        self.critic_optimizer = self.adam(self.critic, lr=c.critic_lr)
+        self.actor_optimizer = self.adam(*self.moved_by_actor(), lr=c.actor_lr)
+        self.critic_optimizer = self.adam(*self.moved_by_critics(), lr=c.critic_lr)
         self.temperature_optimizer = self.adam(self.log_temperature, lr=c.temperature_lr)
+        if self.spec.image and any(map(math.isfinite, self.column("cost_limit"))):
+            raise SaferlError(
+                "a cost_limit is kept from vectors only: leave it out, or price costs with "
+                "cost_penalty"
+            )
         self.build_costs(init, hidden, c.critic_lr)
 
     def uses_costs(self) -> bool:
@@ -159,6 +171,7 @@ class SAC(CostLimited, Agent):
 
     def step_critics(self, batch: Batch) -> tuple[Metrics, Tensor]:
         """Step Q, and Qc under a limit; metrics, and Q_e(s, a) ``[M, E, B]`` before the step."""
+        batch = self.seen(batch)
         target, next_actions = self.target(batch)
         metrics = {}
         if self.constraint is not None:
@@ -176,7 +189,7 @@ class SAC(CostLimited, Agent):
     def target(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """y ``[M, B]``, and the actions a' ``[M, B, A]`` at s' that it values."""
         c = self.config
-        actions, log_prob = self.actor.squash(
+        actions, log_prob = TanhGaussianActor.squash(
             *self.actor(batch.next_observations), self.noise(batch)
         )
         q = self.critic_target(batch.next_observations, actions)
@@ -198,7 +211,7 @@ class SAC(CostLimited, Agent):
     def step_actor(self, batch: Batch, q: Tensor) -> Metrics:
         """Step π, log α and, under a limit, ρ. ``q``: Q_e(s, a) of a batch, the unit of costs."""
         temperature = self.temperature()
-        loss, entropy, cost = self.actor_loss(batch, q)
+        loss, entropy, cost = self.actor_loss(self.seen_by_actor(batch), q)
         self.minimise(self.actor_optimizer, loss)
         target = self.config.target_entropy * self.spec.action_dim
         self.minimise(self.temperature_optimizer, self.log_temperature * (entropy - target))
@@ -214,7 +227,7 @@ class SAC(CostLimited, Agent):
     def actor_loss(self, batch: Batch, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """L_π, and without a gradient the policy's entropy and under a limit J, each ``[M]``."""
         observations, cost = batch.observations, None
-        actions, log_prob = self.actor.squash(*self.actor(observations), self.noise(batch))
+        actions, log_prob = TanhGaussianActor.squash(*self.actor(observations), self.noise(batch))
         values = self.critic(observations, actions, frozen=True)
         value = values.amin(1) if self.config.actor_value == "min" else values.mean(1)
         if self.constraint is not None:

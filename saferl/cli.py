@@ -284,7 +284,7 @@ def _list(options) -> None:
             for name in registry.names("agents"):
                 cls = registry.agent_class(name)
                 kind = "discrete" if cls.discrete else "continuous"
-                kind += " pixels" if cls.pixels else ""
+                kind += {True: ", pixels", False: "", None: ", pixels too"}[cls.pixels]
                 acts = "acts" if cls.acts else ""
                 doc = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
                 print(f"  {name:14} {kind:11} {acts:5} {doc}")

@@ -106,6 +106,7 @@ class Spec:
                 "that it is"
             )
         low, high = action_space.low.ravel(), action_space.high.ravel()
+        pixels = observation_space.dtype == np.uint8 and len(observation_space.shape or ()) == 3
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise SaferlError(
                 "the action space has infinite bounds: wrap the environment with "
@@ -116,6 +117,7 @@ class Spec:
             int(low.size),
             action_low=tuple(map(float, low)),
             action_high=tuple(map(float, high)),
+            image=tuple(map(int, observation_space.shape)) if pixels else (),
         )
 
     def observations(self, raw: np.ndarray) -> np.ndarray:

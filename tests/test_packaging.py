@@ -39,7 +39,12 @@ def test_constraints_lie_in_the_declared_ranges():
 
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
     extras = PROJECT["project"]["optional-dependencies"]
-    for line in [*PROJECT["project"]["dependencies"], *extras["mazes"], *extras["test"]]:
+    for line in [
+        *PROJECT["project"]["dependencies"],
+        *extras["mazes"],
+        *extras["dmc"],
+        *extras["test"],
+    ]:
         requirement = Requirement(line)
         if requirement.name in pins:
             assert requirement.specifier.contains(pins[requirement.name]), line

@@ -83,7 +83,8 @@ class ReplayBuffer:
         self.random = MemberRandom(seeds, device, stream=self.streams)
         self.size = self.cursor = 0
         actions = 1 if spec.discrete else spec.action_dim
-        widths = [spec.observation_dim, actions, 1, int(costs), 1, spec.observation_dim, returns]
+        numbers = 0 if spec.image else spec.observation_dim  # pixels lie in a place of their own
+        widths = [numbers, actions, 1, int(costs), 1, numbers, returns]
         self._splits = np.cumsum([0, *widths]).tolist()
         shape = (self._owners() * self.capacity, self._splits[-1])
         need = shape[0] * shape[1] * 4
@@ -110,6 +111,11 @@ class ReplayBuffer:
     def width(self) -> float:
         """Floats of memory for one row."""
         return self.rows.shape[1]
+
+    @property
+    def own_width(self) -> float:
+        """Floats of memory for one row of the online buffer of the same task."""
+        return self.width
 
     @property
     def nbytes(self) -> int:
@@ -164,13 +170,14 @@ class ReplayBuffer:
             raise SaferlError("this buffer holds costs, but the added rows have none")
         s = self._splits
         block = np.empty((len(observations), s[-1]), np.float32)
-        block[:, s[0] : s[1]] = self.spec.observations(np.asarray(observations))
+        if not self.spec.image:
+            block[:, s[0] : s[1]] = self.spec.observations(np.asarray(observations))
+            block[:, s[5] : s[6]] = self.spec.observations(np.asarray(next_observations))
         block[:, s[1] : s[2]] = self.spec.actions(np.asarray(actions))
         block[:, s[2]] = self.spec.rewards(np.asarray(rewards))
         if self.costs:
             block[:, s[3]] = costs
         block[:, s[4]] = terminals
-        block[:, s[5] : s[6]] = self.spec.observations(np.asarray(next_observations))
         if self.returns:
             block[:, s[6]] = returns
         return torch.from_numpy(block).to(self.rows.device)
@@ -314,12 +321,21 @@ class OnlineBuffer(ReplayBuffer):
 
 
 def buffer_class(spec: Spec) -> type[ReplayBuffer]:
-    """The class for a task's observations: `FrameBuffer` for pixels."""
+    """The class for a dataset: `FrameBuffer` for pixels."""
     if not spec.image:
         return ReplayBuffer
     from saferl.data.frame_buffer import FrameBuffer
 
     return FrameBuffer
+
+
+def online_buffer_class(spec: Spec) -> type[OnlineBuffer]:
+    """The class for what members gather: `OnlineFrameBuffer` for pixels."""
+    if not spec.image:
+        return OnlineBuffer
+    from saferl.data.frame_buffer import OnlineFrameBuffer
+
+    return OnlineFrameBuffer
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,4 +1,9 @@
-"""The replay buffer of pixels: uint8 frames on the device once, stacked when a batch is drawn."""
+"""Replay buffers of pixels: uint8 on the device, stacked when a batch is drawn.
+
+Batches hold ``observations`` and ``next_observations`` ``[M, B, *image]`` uint8, where the first
+axis of an image counts the channels of all frames in a stack. Beside the frames lie the rows of
+`ReplayBuffer`, without observations.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +15,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saferl.data.buffer import CHUNK, Batch, ReplayBuffer, free_memory, human
+from saferl.data.buffer import CHUNK, Batch, OnlineBuffer, ReplayBuffer, free_memory, human
 from saferl.data.frames import Frames
 from saferl.errors import SaferlError
 from saferl.rng import MemberRandom
 from saferl.spec import Spec
 
 
+def frame_shape(spec: Spec) -> tuple[int, ...]:
+    """Shape of one frame; the frames of a stack lie one after the other on the first axis."""
+    return spec.image[0] // spec.frame_stack, *spec.image[1:]
+
+
+def _pixels(
+    shape: tuple[int, ...], device: torch.device, file: str | Path | None, say: Callable
+) -> Tensor:
+    """Memory for frames; raises `SaferlError` where it does not fit."""
+    need = int(np.prod(shape))
+    if file is not None:
+        say(f"buffer: {human(need)} in {file}")
+        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=shape))
+    free = free_memory(device)
+    say(f"buffer: {human(need)} of {human(free)} free on {device}")
+    if need > free:
+        raise SaferlError(
+            f"the replay buffer needs {human(need)} on {device} but {human(free)} is free: train "
+            "on fewer rows (--dataset-option size=N, --set online_capacity=N) or pass "
+            "--memory-map FILE"
+        )
+    return torch.zeros(shape, dtype=torch.uint8, device=device)
+
+
 class FrameBuffer(ReplayBuffer):
-    """Transitions between stacks of frames, sampled as `ReplayBuffer` does.
+    """A dataset of pixels, each frame held once; stacks never reach before their episode's start.
 
-    A batch holds ``observations`` and ``next_observations`` ``[M, B, C, H, W]`` uint8, where C
-    counts the channels of all frames in a stack. Stacks never reach before their episode's start
-    (see `Frames`). A row beside the frames is action | reward | cost | terminal | return-to-go.
-
-    Args:
-        frames: how many there is room for; as many as rows if None.
+    Arguments as for `ReplayBuffer`, and ``frames``: how many there is room for (as many as rows if
+    None). ``memory_map`` holds the frames.
 
     Raises:
         SaferlError: the frames do not fit into the memory that is free.
@@ -43,45 +68,25 @@ class FrameBuffer(ReplayBuffer):
         say: Callable[[str], None] = lambda line: None,
         frames: int | None = None,
     ):
-        self.spec, self.capacity = spec, int(capacity)
-        self.costs, self.returns = costs, returns
+        home = torch.device("cpu") if memory_map is not None else torch.device(device)
+        super().__init__(spec, capacity, seeds, home, costs, returns)
         self.device = torch.device(device)
-        self.members = len(seeds)
         self.random = MemberRandom(seeds, device, stream=self.streams)
-        self.size = self.cursor = 0
-        actions = 1 if spec.discrete else spec.action_dim
-        self._splits = np.cumsum([0, actions, 1, int(costs), 1, int(returns)]).tolist()
-        self.stack = spec.frame_stack
-        shape = (frames or self.capacity, *self._frame(spec))
-        need = int(np.prod(shape))
-        if memory_map is not None:
-            self.frames = torch.from_numpy(np.memmap(memory_map, np.uint8, "w+", shape=shape))
-            say(f"buffer: {human(need)} in {memory_map}")
-        else:
-            free = free_memory(self.device)
-            say(f"buffer: {human(need)} of {human(free)} free on {self.device}")
-            if need > free:
-                raise SaferlError(
-                    f"the replay buffer needs {human(need)} on {self.device} but {human(free)} "
-                    "is free: train on fewer episodes (Dataset.subset) or pass --memory-map FILE"
-                )
-            self.frames = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-        home = self.frames.device
-        self.rows = torch.zeros(self.capacity, self._splits[-1], device=home)
+        shape = (frames or self.capacity, *frame_shape(spec))
+        self.frames = _pixels(shape, self.device, memory_map, say)
         self.at = torch.zeros(self.capacity, 2, dtype=torch.int64, device=home)  # s and s'
         self.start = torch.zeros(shape[0], dtype=torch.int64, device=home)
-        self._back = torch.arange(self.stack - 1, -1, -1, device=home)
-
-    @staticmethod
-    def _frame(spec: Spec) -> tuple[int, ...]:
-        """Shape of one frame; frames of a stack lie one after the other on the first axis."""
-        return spec.image[0] // spec.frame_stack, *spec.image[1:]
+        self._back = torch.arange(spec.frame_stack - 1, -1, -1, device=home)
 
     @property
     def width(self) -> float:
         """Floats of memory for one row, its share of the frames included."""
-        frames = 1 if self.stack > 1 else 2
+        frames = 1 if self.spec.frame_stack > 1 else 2
         return self.rows.shape[1] + 6 + frames * self.frames[0].nbytes / 4
+
+    @property
+    def own_width(self) -> float:
+        return self.rows.shape[1] + (self.spec.frame_stack + 1) * self.frames[0].nbytes / 4
 
     @property
     def nbytes(self) -> int:
@@ -100,37 +105,30 @@ class FrameBuffer(ReplayBuffer):
     ) -> FrameBuffer:
         """A buffer that holds a `Dataset` of pixels, and of its frames those that are used."""
         both = dataset.observations, dataset.next_observations
+        rows = np.arange(len(dataset))
         if isinstance(both[0], Frames):
             at = np.stack([array.at for array in both], 1)
             used = np.unique(both[0].members(at))
             sources = [(both[0].frames, used)]
             at, start = np.searchsorted(used, at), np.searchsorted(used, both[0].start[used])
         else:  # whole observations: each is its own frame
-            rows = np.arange(len(dataset))
             sources = [(array, rows) for array in both]
             at, start = np.stack([rows, len(rows) + rows], 1), np.arange(2 * len(rows))
         buffer = cls(
             spec, len(dataset), seeds, device, dataset.costs is not None, returns is not None,
-            memory_map=memory_map, say=say, frames=len(start),
+            memory_map, say, len(start),
         )  # fmt: skip
-        filled = 0
+        filled, home = 0, buffer.frames.device
         for frames, used in sources:
             for part in range(0, len(used), CHUNK // 16):
                 block = np.ascontiguousarray(frames[used[part : part + CHUNK // 16]])
-                buffer.frames[filled : filled + len(block)] = torch.from_numpy(block).to(
-                    buffer.frames.device
-                )
+                buffer.frames[filled : filled + len(block)] = torch.from_numpy(block).to(home)
                 filled += len(block)
-        s, rows = buffer._splits, np.empty((len(dataset), buffer._splits[-1]), np.float32)
-        rows[:, s[0] : s[1]] = spec.actions(dataset.actions)
-        rows[:, s[1]] = spec.rewards(dataset.rewards)
-        if buffer.costs:
-            rows[:, s[2]] = dataset.costs
-        rows[:, s[3]] = dataset.terminals
-        if buffer.returns:
-            rows[:, s[4]] = returns
-        for whole, part in ((buffer.rows, rows), (buffer.at, at), (buffer.start, start)):
-            whole.copy_(torch.from_numpy(part))
+        columns = buffer._encode(  # which takes no observations here, but their number
+            rows, dataset.actions, dataset.rewards, rows, dataset.terminals, dataset.costs, returns
+        )
+        for whole, part in ((buffer.rows, columns), (buffer.at, at), (buffer.start, start)):
+            whole.copy_(torch.as_tensor(part))
         buffer.size = len(dataset)
         return buffer
 
@@ -139,23 +137,67 @@ class FrameBuffer(ReplayBuffer):
 
     def gather(self, index: Tensor) -> Batch:
         """The rows at ``index`` ``[M, B]``."""
-        where = index.to(self.rows.device).flatten()
-        rows = self.rows.index_select(0, where).view(*index.shape, -1)
-        newest = self.at.index_select(0, where)  # [M · B, 2]
+        batch = super().gather(index)
+        newest = self.at[index.to(self.at.device).flatten()]  # [M · B, 2]
         numbers = torch.maximum(newest[..., None] - self._back, self.start[newest][..., None])
         images = self.frames.index_select(0, numbers.flatten())
         images = images.view(*index.shape, 2, *self.spec.image)
-        if rows.device != self.device:
-            rows = rows.to(self.device, non_blocking=True)
+        if images.device != self.device:
             images = images.to(self.device, non_blocking=True)
-        s = self._splits
-        actions = rows[..., s[0] : s[1]]
-        return Batch(
-            observations=images[:, :, 0],
-            actions=actions.squeeze(-1).long() if self.spec.discrete else actions,
-            rewards=rows[..., s[1]],
-            costs=rows[..., s[2]] if self.costs else None,
-            next_observations=images[:, :, 1],
-            terminals=rows[..., s[3]],
-            returns=rows[..., s[4]] if self.returns else None,
+        return batch._replace(observations=images[:, :, 0], next_observations=images[:, :, 1])
+
+
+class OnlineFrameBuffer(OnlineBuffer):
+    """Pixels that members gather. A row holds the frames of s and the newest of s'.
+
+    So a frame is held once for each stack it is in: rows can be overwritten one by one. Arguments
+    as for `OnlineBuffer`.
+    """
+
+    def __init__(self, spec: Spec, capacity: int, seeds: Sequence[int], *args: Any, **options: Any):
+        super().__init__(spec, capacity, seeds, *args, **options)
+        shape = (len(self.rows), spec.frame_stack + 1, *frame_shape(spec))
+        self.frames = _pixels(shape, self.device, None, lambda line: None)
+
+    def append(self, members: np.ndarray, ends: np.ndarray, *fields: Any) -> None:
+        """As in `OnlineBuffer`; observations are flattened or images.
+
+        Raises:
+            SaferlError: the next observation's frames are not this one's, moved by one.
+        """
+        stack, one = self.spec.frame_stack, self.frames.shape[2:]
+        before, after = (
+            np.asarray(images).reshape(len(members), stack, *one)
+            for images in (fields[0], fields[3])
         )
+        if not np.array_equal(before[:, 1:], after[:, :-1]):
+            raise SaferlError(
+                f"the environment's observations are not the last {stack} frames, oldest first, as "
+                "the dataset's are: wrap it so that they are"
+            )
+        frames = np.concatenate([before, after[:, -1:]], 1).astype(np.uint8)
+        where = members * self.capacity + self.added[members] % self.capacity
+        self.frames[torch.from_numpy(where).to(self.device)] = torch.from_numpy(frames).to(
+            self.device
+        )
+        super().append(members, ends, *fields)
+
+    def gather(self, index: Tensor) -> Batch:
+        batch, shape = super().gather(index), (*index.shape, *self.spec.image)
+        frames = self.frames.index_select(0, index.to(self.device).flatten())
+        return batch._replace(
+            observations=frames[:, :-1].reshape(shape),
+            next_observations=frames[:, 1:].reshape(shape),
+        )
+
+    def _by_member(self) -> Tensor:
+        return self.frames.view(self.members, self.capacity, *self.frames.shape[1:])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        frames = self._by_member()[:, : state["rows"].shape[1]].cpu().contiguous()
+        return state | {"frames": frames}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._by_member()[:, : state["frames"].shape[1]] = state["frames"].to(self.device)

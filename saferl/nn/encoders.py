@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saferl.errors import SaferlError
 from saferl.nn.mlp import MLP, orthogonal
 from saferl.rng import MemberRandom
 
@@ -32,6 +33,9 @@ class Encoder(nn.Module):
 
     Attributes:
         size: features F of one image.
+
+    Raises:
+        SaferlError: channels and strides differ in number, or an image is too small for them.
     """
 
     def __init__(
@@ -42,18 +46,27 @@ class Encoder(nn.Module):
         strides: tuple[int, ...],
     ):
         super().__init__()
+        if len(channels) != len(strides):
+            raise SaferlError(
+                f"channels and strides are one per layer, got {channels} and {strides}"
+            )
         self.members, self.image, self.strides = len(init.generators), tuple(image), tuple(strides)
         self.channels_last = image[-1] < image[0]
         depth, *extent = (image[-1], *image[:2]) if self.channels_last else image
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for width, stride in zip(channels, strides, strict=True):
+        for width, stride in zip(channels, strides):
             weight = torch.empty(self.members, width, depth, KERNEL, KERNEL)
             for m, generator in enumerate(init.generators):
                 nn.init.orthogonal_(weight[m], 2**0.5, generator=generator)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(self.members, width)))
             depth, extent = width, [(side - KERNEL) // stride + 1 for side in extent]
-        self.size = depth * extent[0] * extent[1] if min(extent) > 0 else 0
+        if min(extent) < 1:
+            raise SaferlError(
+                f"images of {self.image} are too small for layers of strides {self.strides}: use "
+                "fewer"
+            )
+        self.size = depth * extent[0] * extent[1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Pixels 0 … 255, ``[M, B, *image]`` or flattened ``[M, B, D]``, to ``[M, B, F]``."""

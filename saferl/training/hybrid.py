@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saferl.data.buffer import OnlineBuffer, ReplayBuffer
+from saferl.data.buffer import ReplayBuffer, online_buffer_class
 from saferl.data.mixture import Mixture
 from saferl.errors import SaferlError
 from saferl.evaluation.rollout import Slots
@@ -75,7 +75,7 @@ class HybridEngine(Engine):
                 "train for more --steps, or set it lower"
             )
         costs = True if offline is None else offline.costs
-        self.online = OnlineBuffer(
+        self.online = online_buffer_class(agent.spec)(
             agent.spec, c.online_capacity or max(1, self.acting), seeds, agent.device, costs,
             agent.needs_returns,
         )  # fmt: skip

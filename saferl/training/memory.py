@@ -185,7 +185,7 @@ def estimate(
         device=device,
         buffer=size,
         fixed=max(0, one.peak - each) + max(0, unseen),
-        state=state + own_rows * one.width * 4,
+        state=state + int(own_rows * one.own_width * 4),
         work=each - state,
         settings=settings,
     )
@@ -256,6 +256,7 @@ class Probe(NamedTuple):
     kept: int  # between updates
     peak: int  # at the peak of an update
     width: float  # floats of memory for a row of the buffer
+    own_width: float  # and for a row of what a member gathers
 
 
 def probe(
@@ -289,7 +290,7 @@ def probe(
             for update in sorted(updates):
                 agent.updates = update - 1
                 agent.update(buffer.sample(agent.batch_rows))
-        return Probe(ledger.bytes - rows, ledger.peak - rows, buffer.width)
+        return Probe(ledger.bytes - rows, ledger.peak - rows, buffer.width, buffer.own_width)
 
 
 def _count(members: int) -> str:

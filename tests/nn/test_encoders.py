@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from saferl.errors import SaferlError
 from saferl.nn import (
     DeterministicActor,
     Encoder,
@@ -82,8 +83,11 @@ def test_published_encoders(size, channels, strides, features):
     assert not one.biases[0].any()
 
 
-def test_too_small_an_image_has_no_features():
-    assert Encoder(MemberRandom([0]), (3, 6, 9), (4, 4, 4), (2, 1, 1)).size == 0
+def test_layers_must_fit():
+    with pytest.raises(SaferlError, match="too small"):
+        Encoder(MemberRandom([0]), (3, 6, 9), (4, 4, 4), (2, 1, 1))
+    with pytest.raises(SaferlError, match="one per layer"):
+        Encoder(MemberRandom([0]), (3, 6, 9), (4, 4), (2,))
 
 
 def test_trunk_is_linear_norm_tanh_with_a_scale_for_each_member():
