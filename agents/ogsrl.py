@@ -27,8 +27,6 @@ Where the paper and its code differ the paper is followed; docs/agents/ogsrl.md 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +40,7 @@ from saferl.safety.models import Model
 
 from .base import Metrics
 from .guarded import Guarded
-from .rollouts import Rollout, advantages, discounting, simulate
+from .rollouts import Rollout, Rows, advantages, discounting, simulate, standardise
 from .trust_region import (
     RECOVERY,
     Surrogates,
@@ -107,7 +105,7 @@ class _Learner(Guarded):
             absorb=self.absorbs, mask=self.mask,
         )  # fmt: skip
 
-    def _rows(self, places: Tensor, allowed: Tensor | None) -> _Rows:
+    def _rows(self, places: Tensor, allowed: Tensor | None) -> Rows:
         """Of places ``[M, B]`` or ``[M, B, O]`` and the mask there, what networks are asked."""
         c, world = self.config, self.world
         index = None
@@ -118,7 +116,7 @@ class _Learner(Guarded):
         else:
             seen, index = world.states.expand(self.members, -1, -1), places
             allowed = world.permitted.expand(self.members, -1, -1) if self.mask else None
-        return _Rows((seen - self._mean) / self._std, allowed, index)
+        return Rows((seen - self._mean) / self._std, allowed, index)
 
     @torch.no_grad()
     def _signals(self, rollout: Rollout) -> Tensor:
@@ -166,7 +164,7 @@ class _Learner(Guarded):
     def _trust_region(self, rollout: Rollout, found: Tensor, totals: Tensor) -> Metrics:
         c, parameters = self.config, list(self.actor.parameters())
         rows, weight, actions = self._played(rollout)
-        reward = _standardise(found[..., :1].flatten(1, 2), weight)[..., 0]
+        reward = standardise(found[..., :1].flatten(1, 2), weight)[..., 0]
         count, steps = rollout.alive.shape[1], weight.sum(1)
         powers = discounting(self._discounts, c.horizon, found)[..., 1:]
         costs = (powers * found[..., 1:] * rollout.alive[..., None]).flatten(1, 2)  # [M, B, C]
@@ -219,7 +217,7 @@ class _Learner(Guarded):
         rows, weight, actions = self._played(rollout)
         self.multipliers.update(relative_excess(totals, self.limits.tightened()))
         price = self.multipliers.value().masked_fill(self.limits.budget.isinf(), 0.0)
-        scaled = _standardise(found.flatten(1, 2), weight)
+        scaled = standardise(found.flatten(1, 2), weight)
         paid = (scaled[..., 1:] * price[:, None]).sum(-1)
         advantage = (scaled[..., 0] - paid) / (1 + price.sum(1, keepdim=True))
         with torch.no_grad():
@@ -249,50 +247,11 @@ class _Learner(Guarded):
             self.minimise(self.critic_optimizer, loss.sum(1))
         return {"critic_loss": loss.detach().sum(1)}
 
-    def _played(self, rollout: Rollout) -> tuple[_Rows, Tensor, Tensor]:
+    def _played(self, rollout: Rollout) -> tuple[Rows, Tensor, Tensor]:
         """The steps of a rollout in one axis of N · H, their weights w and actions."""
         allowed = None if rollout.allowed is None else rollout.allowed.flatten(1, 2)
         rows = self._rows(rollout.places[:, :, :-1].flatten(1, 2), allowed)
         return rows, rollout.alive.flatten(1), rollout.actions.flatten(1, 2)
-
-
-class _Rows(NamedTuple):
-    """What networks are asked about places: each of them, or all states where those are fewer."""
-
-    observations: Tensor  # [M, U, O], the agent's units
-    allowed: Tensor | None  # [M, U, actions] bool, under a mask
-    index: Tensor | None  # [M, B], which of the U each place is; None: they are the places
-
-    def pick(self, answers: Any) -> Any:
-        """Answers ``[M, U, …]``, or a tuple of them, of each place ``[M, B, …]``."""
-        if self.index is None:
-            return answers
-        if isinstance(answers, tuple):
-            return tuple(map(self.pick, answers))
-        index = self.index.view(*self.index.shape, *(1,) * (answers.dim() - 2))
-        return answers.gather(1, index.expand(-1, -1, *answers.shape[2:]))
-
-    def pick_last(self, answers: Tensor) -> Tensor:
-        """Answers ``[M, K, U]`` of each place ``[M, K, B]``."""
-        if self.index is None:
-            return answers
-        return answers.gather(2, self.index[:, None].expand(-1, answers.shape[1], -1))
-
-    def first(self, count: int) -> _Rows:
-        """Of the first ``count`` places."""
-        if self.index is not None:
-            return self._replace(index=self.index[:, :count])
-        allowed = None if self.allowed is None else self.allowed[:, :count]
-        return _Rows(self.observations[:, :count], allowed, None)
-
-
-def _standardise(values: Tensor, weight: Tensor) -> Tensor:
-    """``[M, B, K]`` to mean 0 and deviation 1 over rows of weight 1, ``[M, B]``."""
-    weight = weight[..., None]
-    count = weight.sum(1, keepdim=True)
-    centred = values - (weight * values).sum(1, keepdim=True) / count
-    std = ((weight * centred.square()).sum(1, keepdim=True) / count).sqrt()
-    return centred / (std + 1e-8)
 
 
 class OGSRL(_Learner):

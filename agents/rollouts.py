@@ -3,6 +3,7 @@
 Answers    a guardian and a table of its answers, by the hash of a state
 World      the guardian, the states that episodes start from, and tables where states are few
 simulate   N episodes of H steps in a model
+Rows       what networks are asked about the places of episodes
 advantages generalised advantage estimation of several signals at once
 """
 
@@ -304,6 +305,45 @@ def advantages(
         following = (delta + weight * kept * following) * alive[:, :, t, None]
         found.append(following)
     return torch.stack(found[::-1], 2)
+
+
+class Rows(NamedTuple):
+    """What networks are asked about places: each of them, or all states where those are fewer."""
+
+    observations: Tensor  # [M, U, O], the agent's units
+    allowed: Tensor | None  # [M, U, actions] bool, under a mask
+    index: Tensor | None  # [M, B], which of the U each place is; None: they are the places
+
+    def pick(self, answers: Any) -> Any:
+        """Answers ``[M, U, …]``, or a tuple of them, of each place ``[M, B, …]``."""
+        if self.index is None:
+            return answers
+        if isinstance(answers, tuple):
+            return tuple(map(self.pick, answers))
+        index = self.index.view(*self.index.shape, *(1,) * (answers.dim() - 2))
+        return answers.gather(1, index.expand(-1, -1, *answers.shape[2:]))
+
+    def pick_last(self, answers: Tensor) -> Tensor:
+        """Answers ``[M, K, U]`` of each place ``[M, K, B]``."""
+        if self.index is None:
+            return answers
+        return answers.gather(2, self.index[:, None].expand(-1, answers.shape[1], -1))
+
+    def first(self, count: int) -> Rows:
+        """Of the first ``count`` places."""
+        if self.index is not None:
+            return self._replace(index=self.index[:, :count])
+        allowed = None if self.allowed is None else self.allowed[:, :count]
+        return Rows(self.observations[:, :count], allowed, None)
+
+
+def standardise(values: Tensor, weight: Tensor) -> Tensor:
+    """``[M, B, K]`` to mean 0 and deviation 1 over rows of weight 1, ``[M, B]``."""
+    weight = weight[..., None]
+    count = weight.sum(1, keepdim=True)
+    centred = values - (weight * values).sum(1, keepdim=True) / count
+    std = ((weight * centred.square()).sum(1, keepdim=True) / count).sqrt()
+    return centred / (std + 1e-8)
 
 
 def discounting(discount: Tensor | float, horizon: int, like: Tensor) -> Tensor:
