@@ -33,6 +33,7 @@ from saferl.safety.tabular import exact_evaluate, plan_constrained
 from saferl.spec import Spec
 
 BUDGET = 0.592
+CLINICIAN = 0.782
 OPTIMUM = 0.8711  # best survival within the budget
 CLONE = 3000  # updates, of the clone that all begin with and of BC
 EVERY = 25  # iterations between two points of a curve, and between checkpoints
@@ -151,7 +152,7 @@ def summarise(cell: dict[str, Any]) -> dict[str, Any]:
     return found | {
         "survival_sd": float(np.std([r["survival"] for r in rows])),
         "within": sum(r["cost"] <= BUDGET for r in rows),
-        "above_clinician": sum(r["survival"] > 0.782 for r in rows),
+        "above_clinician": sum(r["survival"] > CLINICIAN for r in rows),
     }
 
 
@@ -170,11 +171,12 @@ def markdown(result: dict[str, Any]) -> str:
         "promised minus true; *promised cost* is what training compared with the budget less the "
         "*margin* for what the model flatters the policy by, both over the last iterations; *to "
         f"optimum* is {OPTIMUM} less the survival; *within* counts members whose true cost is "
-        f"within the budget. Clinicians: {result['clinician']['survival']:.3f}, cost "
-        f"{result['clinician']['cost']:.3f}, inadmissible {result['clinician']['ood_rate']:.3f}.",
+        f"within the budget, *better* those whose survival is above {CLINICIAN}. Clinicians: "
+        f"{result['clinician']['survival']:.3f}, cost {result['clinician']['cost']:.3f}, "
+        f"inadmissible {result['clinician']['ood_rate']:.3f}.",
     ]
-    heads = ["method", "survival", "±", "to optimum", "cost", "within", "inadmissible", "promised",
-             "too high by", "promised cost", "margin", "minutes"]  # fmt: skip
+    heads = ["method", "survival", "±", "to optimum", "cost", "within", "better", "inadmissible",
+             "promised", "too high by", "promised cost", "margin", "minutes"]  # fmt: skip
     for doses in (True, False):
         rows = []
         for name in METHODS:
@@ -190,7 +192,8 @@ def markdown(result: dict[str, Any]) -> str:
             rows.append([
                 name, number(s["survival"]), number(s["survival_sd"]),
                 number(OPTIMUM - s["survival"]), number(s["cost"]),
-                f"{s['within']} of {len(cell['members'])}", number(s["ood_rate"]),
+                f"{s['within']} of {len(cell['members'])}",
+                f"{s['above_clinician']} of {len(cell['members'])}", number(s["ood_rate"]),
                 number(s.get("promised")), number(excess), number(s.get("promised_cost")),
                 number(np.mean(cell["curve"][-1]["metrics"]["margin"])) if "promised_cost" in s
                 else "",
