@@ -37,9 +37,9 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "caps": ("caps", {}),
     "bc": ("bc", {"lr": 1e-3}),  # as BC-Safe has it
     "td3_bc": ("td3_bc", {}),
-    "a2pr_limited": ("a2pr", FOR_EACH_LIMIT),
     "a2pr": ("a2pr", {}),
     "coptidice": ("coptidice", FOR_EACH_LIMIT),
+    "a2pr_limited": ("a2pr", FOR_EACH_LIMIT),
     "cpq": ("cpq", FOR_EACH_LIMIT),
     "bcq_lag": ("bcq_lag", FOR_EACH_LIMIT),
 }
