@@ -53,6 +53,13 @@ def test_run_resume_and_report(tmp_path, monkeypatch, capsys):
     assert len(json.loads((tmp_path / "limits.json").read_text())["runs"]) == 3
 
 
+def test_cheap_trainings_come_first_and_then_one_task_after_the_other():
+    assert limits.order(["bc", "cpq", "td3_bc", "bcq_lag"], ["a", "b"]) == [
+        ("bc", "a"), ("bc", "b"), ("td3_bc", "a"), ("td3_bc", "b"),
+        ("cpq", "a"), ("bcq_lag", "a"), ("cpq", "b"), ("bcq_lag", "b"),
+    ]  # fmt: skip
+
+
 class Fake:
     """A policy that acts by the numbers of its members."""
 
