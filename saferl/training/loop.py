@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from saferl.errors import SaferlError
+from saferl.errors import SaferlError, one_line
 from saferl.evaluation import Evaluation
 from saferl.training.engine import part
 from saferl.training.run import MetricsLog
@@ -155,12 +155,27 @@ class Loop:
                     f"the checkpoints of {self.folder.path} were written with another {recorded} "
                     "than its config.yaml has now: restore the file or start another run"
                 )
-        self.agent.load_state_dict(part(state, "agent."))
+        restore(self.agent, state, header["agent"], self.folder.path)
         self.engine.load_state_dict(part(state, "engine."))
         self.step, self.seconds = header["step"], header["seconds"]
         file = self.folder.path / "evaluation.csv"
         if file.exists():
             self.evaluation = Evaluation.read(file).until(self.step)
+
+
+def restore(agent: Any, state: dict[str, Tensor], name: str, run: Any) -> None:
+    """Fill an agent from the state in a checkpoint of ``run``.
+
+    Raises:
+        SaferlError: another version of the agent wrote it.
+    """
+    try:
+        agent.load_state_dict(part(state, "agent."))
+    except (KeyError, RuntimeError) as error:
+        raise SaferlError(
+            f"the checkpoint of {run} does not fit this version's {name} ({one_line(error)}): use "
+            "the version that wrote it, or train again"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from saferl.data import load_dataset
 from saferl.data.buffer import ReplayBuffer
 from saferl.data.dataset import Dataset
-from saferl.errors import SaferlError, one_line
+from saferl.errors import SaferlError
 from saferl.evaluation import Evaluator
 from saferl.evaluation.rollout import Slots
 from saferl.registry import agent_class
@@ -23,7 +23,7 @@ from saferl.spec import Spec
 from saferl.training.configs import published, resolve
 from saferl.training.engine import Engine, check_precision, part, pick_engine
 from saferl.training.hybrid import HybridEngine, returns_to_go
-from saferl.training.loop import Loop, Run
+from saferl.training.loop import Loop, Run, restore
 from saferl.training.memory import announce, is_out_of_memory
 from saferl.training.run import OBJECT, RunFolder
 
@@ -359,13 +359,7 @@ def load_agent(run: str | Path, step: int | None = None, device: str = "cpu"):
     cls = agent_class(header["agent"])
     config = cls.make_config(header["config"])
     agent = cls(Spec.from_dict(header["spec"]), config, header["seeds"], pick_device(device))
-    try:
-        agent.load_state_dict(part(state, "agent."))
-    except (KeyError, RuntimeError) as error:
-        raise SaferlError(
-            f"the checkpoint of {run} does not fit this version's {header['agent']} "
-            f"({one_line(error)}): use the version that wrote it, or train again"
-        ) from error
+    restore(agent, state, header["agent"], run)
     return agent
 
 

@@ -14,6 +14,7 @@ from saferl.evaluation import Evaluation, write_report
 from saferl.evaluation.files import Known, RunFiles
 from saferl.safety.guardians.fitting import fit_guardian, guardian_for, split
 from saferl.training.run import RunFolder
+from saferl.training.train import resume
 from tests.conftest import point_dataset
 
 from .test_train import ENV, quick
@@ -187,3 +188,5 @@ def test_a_checkpoint_of_another_version_is_told(run, tmp_path):
     with pytest.raises(SaferlError, match="does not fit this version's td3_bc") as error:
         quietly(copy)
     assert "\n" not in str(error.value)
+    with pytest.raises(SaferlError, match="does not fit this version's td3_bc"):
+        resume(copy, dataset=point_dataset(40), steps=30, progress=False)
