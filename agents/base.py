@@ -66,6 +66,7 @@ class Agent:
     pixels: ClassVar[bool | None] = False  # whether it learns from pixels; None: vectors as well
     needs_costs: ClassVar[bool] = False  # whether it cannot learn from data without costs
     needs_dataset: ClassVar[bool] = True  # whether an environment alone is not enough
+    pretrained: ClassVar[bool] = False  # whether it is meant to begin with another run's networks
     acts: ClassVar[bool] = False  # in an environment while it learns; Config is a HybridConfig
     needs_returns: ClassVar[bool] = False  # whether batches carry returns-to-go
     # Prefixes of state keys whose tensors all members share; every other has the member axis first.

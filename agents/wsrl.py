@@ -44,3 +44,4 @@ class WSRLConfig(SACConfig):
 
 class WSRL(SAC):
     Config = WSRLConfig
+    pretrained = True

@@ -101,6 +101,7 @@ MISTAKES = {
     "steps": (["train", "--dataset", "point.npz", "--steps", "0"], "steps must be 1"),
     "not a run": (["evaluate", "."], "not a run folder"),
     "no run": (["report", "nowhere"], "nowhere"),
+    "collect from what": (["collect", "nowhere", "x.npz"], "not a run folder"),
     "resume what": (["train", "--resume", "nowhere"], "not a run folder"),
     "resume and set": (["train", "--resume", "runs/x", "--set", "alpha=2"], "--resume takes set"),
     "resume and more": (

@@ -102,6 +102,7 @@ class RunFolder:
 
         steps = self.steps()
         if not steps:
+            self.config()  # says so where this is no run at all
             raise SaferlError(
                 f"{self.path} has no checkpoint: its training stopped before the first one was "
                 "written; start it again"

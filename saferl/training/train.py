@@ -314,7 +314,11 @@ def _execute(
                 agent.warm_start(part(start[0], "agent."))
             elif rows is not None:
                 agent.fit(rows, say)
-        if not resumed:
+            if start is None and cls.pretrained:
+                say(
+                    f"warning: {plan['agent']} is meant to begin with the networks of another run, "
+                    "and begins with random ones: give the run with --from"
+                )
             folder = RunFolder.create(folder.path, plan, card)
         loop = Loop(folder, plan, agent, engine, evaluator, say, progress)
         try:

@@ -175,6 +175,17 @@ def test_pre_training_and_fine_tuning_end_to_end(point, tmp_path):
         run("sac", tmp_path / "x", None, start_from=first.path)
 
 
+def test_a_method_of_fine_tuning_says_that_it_begins_with_random_networks(tmp_path, capsys):
+    settings = TINY | {"critics": 2}
+    run("wsrl", tmp_path / "first", None, steps=5, settings=settings, progress=True)
+    assert "warning: wsrl is meant to begin with the networks of another run" in (
+        capsys.readouterr().out
+    )
+    begun = {"settings": settings, "start_from": tmp_path / "first"}
+    run("wsrl", tmp_path / "second", None, steps=5, progress=True, **begun)
+    assert "warning" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("agent", ["rlpd", "cal_ql", "iql_finetune"])
 def test_runs_resume_to_the_bit(agent, point, tmp_path):
     settings = TINY | {"offline_steps": 10}
