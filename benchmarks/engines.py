@@ -148,9 +148,9 @@ class Subject:
         return seconds
 
     def split(self, updates: int, now: Callable[[], float]) -> tuple[float, float]:
-        """Seconds spent on sampling and on updating (eager, on a CPU)."""
+        """Seconds spent on sampling and on updating (on a CPU)."""
         rows = self.agent.config.batch_size
-        return in_turn(lambda: self.buffer.sample(rows), self.agent.update, updates, now)
+        return in_turn(lambda: self.buffer.sample(rows), self.engine.update, updates, now)
 
     def multiply_adds(self, name: str) -> tuple[float, str]:
         """Per update of all members, and how it was found."""

@@ -109,8 +109,10 @@ class Bench:
             return lambda n: (0.0, worker("run", key=key, updates=n, clock=clock))
 
         facts: dict[str, Any] = {}
-        for name, precision in (("saferl", "fp32"), ("saferl bf16", "bf16")):
-            kind = "eager" if cpu else "auto"
+        ways = [("saferl", "fp32", "auto"), ("saferl bf16", "bf16", "auto")]
+        if cpu and "compile" in KINDS:  # where auto is eager
+            ways.append(("saferl compile", "fp32", "compile"))
+        for name, precision, kind in ways:
             made = ours("make", key=name, kind=kind, precision=precision, **task)
             made |= {} if "missing" in made else ours(
                 "warm", key=name, updates=2 * self.step, clock=clock

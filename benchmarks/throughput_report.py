@@ -14,6 +14,7 @@ import common
 PEER_TARGETS = {"td3_bc": 1.5, "iql": 1.5, "cql": 1.2}  # d3rlpy's sample + update / ours, at least
 PLAIN_TARGETS = {  # our update / the plain one's, at most (CPU)
     ("a2pr", "saferl"): 0.85,
+    ("a2pr", "saferl compile"): 0.85,
     ("a2pr", "saferl bf16"): 0.5,  # where the CPU has AMX, as is the next
     ("cql", "saferl bf16"): 0.45,
 }
@@ -184,9 +185,9 @@ def beside_verdicts(row: dict[str, Any], amx: bool) -> list[str]:
         if name != agent:
             continue
         what = f"{agent}: update of {side} / of the plain implementation"
-        if side != "saferl" and not (amx and side in sides):
+        if side == "saferl bf16" and not (amx and side in sides):
             lines.append(f"not on this machine: {what} (target ≤ {target:g} where there is AMX)")
-        elif "plain" in sides:
+        elif side in sides and "plain" in sides:
             ratio = sides[side]["update_over_ours"] / sides["plain"]["update_over_ours"]
             lines.append(verdict(what, ratio, target))
     if agent in PEER_TARGETS | FLOOR_TARGETS:
@@ -220,7 +221,8 @@ def long_verdicts(row: dict[str, Any]) -> list[str]:
 # Plot ----------------------------------------------------------------------------------------
 
 COLOURS = {"plain": "#9aa5b1", "d3rlpy": "#6b7785", "d3rlpy compile": "#3d4753",
-           "saferl": "#1f6fb2", "saferl bf16": "#7fb8e6", "floor": "#e0a030"}  # fmt: skip
+           "saferl": "#1f6fb2", "saferl compile": "#17507f", "saferl bf16": "#7fb8e6",
+           "floor": "#e0a030"}  # fmt: skip
 LINES = {"eager": "-", "compile": "--", "cuda_graph": ":"}
 
 

@@ -207,7 +207,9 @@ def test_verdicts_on_a_cpu():
     words = [line.split(":")[0] for line in throughput_report.beside_verdicts(row, amx=True)]
     assert words == ["MISSED", "met", "met", "met"]  # 0.15 of the plain one's
     row["agent"], row["sides"]["plain"] = "a2pr", side(update_over_ours=1 / 0.86)
+    row["sides"]["saferl compile"] = side(update_over_ours=0.95)
     lines = throughput_report.beside_verdicts(row, amx=False)
+    assert lines[1].startswith("met: a2pr: update of saferl compile / of")
     assert lines[0].startswith("MISSED: a2pr: update of saferl / of the plain implementation 0.86")
     row["sides"]["plain"] = side(update_over_ours=1 / 0.84)
     assert throughput_report.beside_verdicts(row, amx=False)[0].startswith("met")

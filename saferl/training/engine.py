@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saferl.data.buffer import ReplayBuffer
+from saferl.data.buffer import Batch, ReplayBuffer
 from saferl.errors import SaferlError, unknown
 from saferl.nn import PRECISIONS
 from saferl.rng import MemberRandom
@@ -126,9 +126,12 @@ class Engine:
         if self.agent.device.type == "cuda":
             torch.cuda.synchronize(self.agent.device)
 
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One gradient update from ``batch``, compiled or not; its metrics, ``[M]`` each."""
+        return self.agent.update(batch, self._learn)
+
     def _update(self) -> None:
-        batch = self.buffer.sample(self.agent.batch_rows)
-        for name, value in self.agent.update(batch, self._learn).items():
+        for name, value in self.update(self.buffer.sample(self.agent.batch_rows)).items():
             if name not in self._sums:
                 self._sums[name] = torch.zeros_like(value)
                 self._counts[name] = 0
