@@ -111,11 +111,18 @@ class _Spaces:
         return action.reshape(self._shape).astype(self._dtype)
 
 
+class EnvironmentFailed(SaferlError):
+    """An environment raised an error or returned what is not finite; ``slot`` is its number."""
+
+    def __init__(self, message: str, slot: int):
+        super().__init__(message)
+        self.slot = slot
+
+
 class Slots:
     """A row of environments; `start` begins an episode in one, `step` advances all that run.
 
-    An environment that fails raises a `SaferlError` that names it, its episode and the step;
-    ``failed`` is then its slot.
+    One that fails raises `EnvironmentFailed`, which names it, its episode and the step.
 
     ``observations`` [B, O] holds the current observation of each slot (that of a finished slot
     stays as a dummy); after `step`, ``rewards``, ``costs``, ``terminals`` and ``timeouts`` [B]
@@ -143,7 +150,6 @@ class Slots:
         self.elapsed = np.zeros(count, np.int64)
         self.episode = np.zeros(count, np.int64)
         self.seeds = np.zeros(count, np.int64)  # episode k of a slot is reset with its seed + k
-        self.failed: int | None = None
 
     def check(self, spec: Any) -> None:
         """`check_spaces`, and that the actions of ``spec`` lie within the environment's bounds."""
@@ -221,11 +227,14 @@ class Slots:
         self.running[ended] = False
         return ended
 
-    def _failure(self, slot: int, what: str) -> SaferlError:
-        self.failed, episode = slot, int(self.episode[slot])
-        return SaferlError(
+    def _failure(self, slot: int, what: str) -> EnvironmentFailed:
+        return EnvironmentFailed(f"{self._where(slot)}: {what}", slot)
+
+    def _where(self, slot: int) -> str:
+        episode = int(self.episode[slot])
+        return (
             f"{self.name}, episode {episode} (reset with seed {self.seeds[slot] + episode}), step "
-            f"{self.elapsed[slot]}: {what}"
+            f"{self.elapsed[slot]}"
         )
 
     def act(self, choose: Callable[[np.ndarray], Any], members: int) -> np.ndarray:
@@ -245,7 +254,8 @@ class Slots:
         chosen = chosen.reshape(count, *wanted[2:])
         if not np.isfinite(chosen[self.running]).all():
             finite = np.isfinite(chosen.reshape(count, -1)).all(1) | ~self.running
-            raise self._failure(int(np.argmin(finite)), "the policy returned a non-finite action")
+            where = self._where(int(np.argmin(finite)))
+            raise SaferlError(f"{where}: the policy returned a non-finite action")
         return self.spaces.clip(chosen)
 
     def close(self) -> None:
@@ -305,8 +315,8 @@ class Evaluator:
         if horizon is not None and horizon < 1:
             raise SaferlError(f"the horizon must be 1 step or more, got {horizon}")
         self.members, self.episodes = members, episodes
-        self._per_member = min(episodes, max(1, SLOTS // members))
-        self._slots = Slots(env, members * self._per_member, horizon)
+        self.per_member = min(episodes, max(1, SLOTS // members))
+        self._slots = Slots(env, members * self.per_member, horizon)
 
     def check(self, spec: Any) -> None:
         """`check_spaces` with the environments at hand."""
@@ -322,6 +332,10 @@ class Evaluator:
         ``seed + k``: all members meet the same initial states. Actions are clipped to the Box. A
         step without a cost counts as 0 if any other step had one. ``guardian``: a calibrated one,
         asked of every executed action and the observation that it was taken on.
+
+        Raises:
+            EnvironmentFailed: its ``slot // per_member`` is the member that played.
+            SaferlError: the policy does not fit, or an action of it is not finite.
         """
         members = int(getattr(policy, "members", 1))
         if members != self.members:
@@ -330,7 +344,7 @@ class Evaluator:
             )
         if getattr(policy, "spec", None) is not None:
             self.check(policy.spec)
-        slots, per_member = self._slots, self._per_member
+        slots, per_member = self._slots, self.per_member
         choose, guard = _chooser(policy), getattr(policy, "observe", None)  # a Shield's
         guarded = hasattr(policy, "replaced")
         returns, costs = np.zeros((members, self.episodes)), np.zeros((members, self.episodes))

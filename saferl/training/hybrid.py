@@ -29,7 +29,7 @@ from torch import Tensor
 from saferl.data.buffer import ReplayBuffer, online_buffer_class
 from saferl.data.mixture import Mixture
 from saferl.errors import SaferlError
-from saferl.evaluation.rollout import Slots
+from saferl.evaluation.rollout import EnvironmentFailed, Slots
 from saferl.rng import MemberRandom
 from saferl.training.engine import Engine, part
 
@@ -150,7 +150,7 @@ class HybridEngine(Engine):
                 slots.start(m, int(slots.episode[m]) + 1)
                 if self.guards:
                     self.guards[m].reset()
-        except SaferlError as error:
+        except EnvironmentFailed as error:
             self._fail(error)
             return False
         drawn = [generator.get_state() for generator in self.random.generators]
@@ -162,7 +162,7 @@ class HybridEngine(Engine):
         self.actions[which, elapsed[which]] = actions[which]
         try:
             ended = slots.step(actions)
-        except SaferlError as error:
+        except EnvironmentFailed as error:
             # What the others did in this step is not in the buffer: they do it again.
             slots.observations[:], slots.elapsed[:] = before, elapsed
             self.random.load_state_dict({"state": torch.stack(drawn)})
@@ -180,10 +180,9 @@ class HybridEngine(Engine):
             self.replaced[m] += (not np.array_equal(actions[m], proposed[m]), 1)
         return self.slots.spaces.clip(actions)
 
-    def _fail(self, error: SaferlError) -> None:
-        slots = self.slots
-        failed, slots.failed = slots.failed, None
-        slots.running[failed] = False
+    def _fail(self, error: EnvironmentFailed) -> None:
+        failed = error.slot
+        self.slots.running[failed] = False
         self.online.cut(failed)
         self.episodes[failed] = 0
         self.failure = SaferlError(f"{error} (member {self.names[failed]})")
@@ -308,7 +307,7 @@ class HybridEngine(Engine):
                     return False
                 if self.guards:
                     self.guards[member].count(slots.costs[member])
-        except SaferlError:
+        except EnvironmentFailed:
             return False
         return np.array_equal(slots.observations[member], observation)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saferl.errors import SaferlError, one_line
 from saferl.evaluation import Evaluation
+from saferl.evaluation.rollout import EnvironmentFailed
 from saferl.training.engine import part
 from saferl.training.run import MetricsLog
 
@@ -85,6 +86,8 @@ class Loop:
             disable=not self.progress,
             mininterval=1.0,
         ) as bar:
+            if self._owes_evaluation():
+                self._evaluate(bar)
             while self.step < total and not stopped:
                 following = [(self.step // interval + 1) * interval for interval in intervals]
                 stop = min(*following, self.step + chunk, total)
@@ -97,11 +100,7 @@ class Loop:
                 bar.update(done)
                 self.step += done
                 if self.engine.failure is not None:
-                    self._save()
-                    raise SaferlError(
-                        f"{self.engine.failure}; everything up to step {self.step} is kept: "
-                        f"continue with saferl train --resume {self.folder.path}"
-                    )
+                    raise self._stopped_by(self.engine.failure)
                 if self._due("log"):
                     metrics = self.engine.read()
                     if metrics:
@@ -115,6 +114,20 @@ class Loop:
     def _due(self, event: str) -> bool:
         return self.step % self.plan[f"{event}_interval"] == 0 or self.step == self.plan["steps"]
 
+    def _owes_evaluation(self) -> bool:
+        """Whether the run stopped in the evaluation of its checkpoint's step."""
+        if self.evaluator is None or not self.step or not self._due("eval"):
+            return False
+        return self.evaluation is None or self.step not in self.evaluation.steps
+
+    def _stopped_by(self, failure: Any) -> SaferlError:
+        """What to raise, all that was learned being kept."""
+        self._save()
+        return SaferlError(
+            f"{failure}; everything up to step {self.step} is kept: continue with saferl train "
+            f"--resume {self.folder.path}"
+        )
+
     def _watch(self, metrics: dict[str, np.ndarray]) -> None:
         for name, values in metrics.items():
             if not np.isfinite(values).all():
@@ -125,7 +138,11 @@ class Loop:
                 )
 
     def _evaluate(self, bar) -> None:
-        episodes = self.evaluator.run(self.agent.policy(), seed=EVALUATION_SEED)
+        try:
+            episodes = self.evaluator.run(self.agent.policy(), seed=EVALUATION_SEED)
+        except EnvironmentFailed as error:
+            member = self.names[error.slot // self.evaluator.per_member]
+            raise self._stopped_by(f"evaluation: {error} (member {member})") from error
         rows = Evaluation.from_episodes(episodes, step=self.step)
         earlier = [] if self.evaluation is None else [self.evaluation]
         self.evaluation = Evaluation.concatenate([*earlier, rows])

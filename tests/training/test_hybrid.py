@@ -352,6 +352,73 @@ def test_an_environment_that_fails_leaves_a_run_that_goes_on(tmp_path, how, monk
     torch.testing.assert_close(rows[0], expected[0], rtol=1e-4, atol=1e-4)
 
 
+class FailingEvaluation(PointEnv):
+    """Evaluations, told by their seeds, fail once: at a given step of all of them together."""
+
+    steps, when, how = 0, 0, "crash"
+    evaluation = False
+
+    def reset(self, *, seed=None, options=None):
+        self.evaluation = 10_000 <= seed < 10_100
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        FailingEvaluation.steps += self.evaluation
+        observation, reward, *rest = super().step(action)
+        if self.evaluation and FailingEvaluation.steps == FailingEvaluation.when:
+            if FailingEvaluation.how == "crash":
+                raise RuntimeError("out of licences")
+            return observation, np.nan, *rest
+        return observation, reward, *rest
+
+
+FAILED = {"sac": TINY, "td3_bc": {"hidden": [8], "batch_size": 16}}
+
+
+@pytest.mark.parametrize("agent", FAILED)
+@pytest.mark.parametrize("how", ["crash", "nan"])
+@pytest.mark.parametrize(
+    ("when", "step", "where"),
+    [
+        # An evaluation is 4 episodes of 20 steps side by side, 2 of each member, every 12 steps.
+        (100, 24, "episode 1 (reset with seed 10001), step 5: WHAT (member seed=1)"),
+        (325, 60, "episode 0 (reset with seed 10000), step 2: WHAT (member seed=0)"),
+    ],
+)
+def test_an_evaluation_that_fails_is_made_up_for(
+    agent, how, when, step, where, point, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(FailingEvaluation, "steps", 0)
+    monkeypatch.setattr(FailingEvaluation, "how", how)
+    options = {"env": FailingEvaluation, "settings": FAILED[agent], "checkpoint_interval": 60}
+    whole = quick(tmp_path / "whole", point, agent, **options)
+    assert FailingEvaluation.steps == 400
+    monkeypatch.setattr(FailingEvaluation, "steps", 0)
+    monkeypatch.setattr(FailingEvaluation, "when", when)
+    with pytest.raises(SaferlError) as caught:
+        quick(tmp_path / "broken", point, agent, **options)
+    what = "RuntimeError: out of licences" if how == "crash" else "non-finite reward"
+    text = str(caught.value)
+    for part in ("evaluation: FailingEvaluation", *where.split("WHAT"), what, "\n" not in text,
+                 f"up to step {step} is kept", f"--resume {tmp_path / 'broken'}"):  # fmt: skip
+        assert part is True or part in text, part
+    assert RunFolder(tmp_path / "broken").steps() == [step]
+    run = saferl.resume(tmp_path / "broken", dataset=point, env=FailingEvaluation, device="cpu",
+                        progress=False)  # fmt: skip
+    same(whole.path, run.path)
+    assert (run.evaluation.returns == whole.evaluation.returns).all()
+
+
+def test_a_policy_that_is_not_finite_is_not_kept(point, tmp_path, monkeypatch):
+    """The checkpoint before it is worth more."""
+    from saferl.nn import Policy
+
+    monkeypatch.setattr(Policy, "forward", lambda policy, rows: rows[..., :1] * torch.nan)
+    with pytest.raises(SaferlError, match="step 0: the policy returned a non-finite action"):
+        quick(tmp_path / "run", point, "td3_bc", settings=FAILED["td3_bc"])
+    assert RunFolder(tmp_path / "run").steps() == []
+
+
 # Warm start ---------------------------------------------------------------------------------------
 
 
