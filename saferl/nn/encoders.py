@@ -74,7 +74,8 @@ class Encoder(nn.Module):
         x = images.reshape(self.members, rows, *self.image)
         if self.channels_last:
             x = x.movedim(-1, 2)
-        x = x.transpose(0, 1).flatten(1, 2).to(self.weights[0].dtype) / 255 - 0.5
+        x = x.transpose(0, 1).flatten(1, 2).to(self.weights[0].dtype, copy=True)
+        x = x.div_(255).sub_(0.5)  # in place: fresh memory for a batch of images is slow to get
         for weight, bias, stride in zip(self.weights, self.biases, self.strides):
             x = F.conv2d(x, weight.flatten(0, 1), bias.flatten(), stride, groups=self.members)
             x = x.relu_()
@@ -143,6 +144,5 @@ def random_shift(images: Tensor, offsets: Tensor, pad: int) -> Tensor:
         return place.clamp_(0, size - 1)
 
     y, x = lines(offsets[..., 0], height), lines(offsets[..., 1], width)
-    which = torch.arange(len(flat), device=images.device)[:, None, None]
-    moved = flat[which, :, y[:, :, None], x[:, None, :]]  # [M · B, H, W, C]
-    return moved.movedim(-1, 1).reshape(images.shape)
+    place = (y[:, :, None] * width + x[:, None, :]).flatten(1)[:, None]
+    return flat.flatten(2).gather(2, place.expand(-1, flat.shape[1], -1)).view(images.shape)
