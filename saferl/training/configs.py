@@ -88,8 +88,12 @@ def resolve(
     for position, key in enumerate(lists):
         expanded[key] = [c[position] for c in combinations for _ in seeds]
     names = tuple(
-        " ".join([*(f"{k}={v:g}" for k, v in zip(lists, c)), f"seed={seed}"])
+        " ".join([*(f"{k}={_short(v)}" for k, v in zip(lists, c)), f"seed={seed}"])
         for c in combinations
         for seed in seeds
     )
     return expanded, Members(tuple(columns), names)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)

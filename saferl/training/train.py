@@ -261,11 +261,6 @@ def _execute(
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(plan["threads"])
-        evaluator = None
-        if env is not None:
-            evaluator = stack.enter_context(Evaluator(env, len(seeds), plan["eval_episodes"]))
-        else:
-            say(f"no environment is known for {dataset.card.id}: pass --env to evaluate")
         rows = None
         if dataset is not None:
             card = {
@@ -285,8 +280,6 @@ def _execute(
         if plan.get("start_from"):
             start = (folder if resumed else RunFolder(plan["start_from"])).load()
         spec = _spec(rows, slots, config, start)
-        if evaluator is not None:
-            evaluator.check(spec)
         if slots is not None:
             slots.check(spec)
             for line in slots.narrower(spec):
@@ -297,6 +290,12 @@ def _execute(
             plan["precision"], costs=rows is None or rows.costs is not None,
             memory_map=memory_map is not None, own_rows=own_rows, dataset=rows,
         )  # fmt: skip
+        evaluator = None
+        if env is not None:  # as many environments as members: only now is it known that they fit
+            evaluator = stack.enter_context(Evaluator(env, len(seeds), plan["eval_episodes"]))
+            evaluator.check(spec)
+        else:
+            say(f"no environment is known for {dataset.card.id}: pass --env to evaluate")
         agent = cls(spec, config, seeds, device, plan["precision"])
         buffer = None
         if rows is not None:

@@ -96,3 +96,10 @@ def test_lists_multiply_with_seeds():
     assert settings["discount"] == [0.9, 0.9, 0.99, 0.99] * 2
     assert members.seeds == (5, 6) * 4
     assert members.names[2] == "alpha=1 discount=0.99 seed=5"
+
+
+def test_a_word_in_a_list_of_numbers_is_named():
+    cls = agent_class("td3_bc")
+    settings, _ = resolve(cls.Config, parse_settings(["alpha=1,x"]), [0])
+    with pytest.raises(SaferlError, match=r"alpha = \[1, 'x'\] is not a number"):
+        cls.make_config(settings)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import saferl
 from saferl.data.buffer import ReplayBuffer, buffer_class
 from saferl.errors import SaferlError
 from saferl.registry import agent_class, names
@@ -257,6 +258,18 @@ def test_the_need_is_said_before_it_is_judged(monkeypatch):
     with pytest.raises(SaferlError, match=r"4 members need .*: 3 members fit \(--members 3\)"):
         announce(lines.append, *arguments)
     assert len(lines) == 2
+
+
+def test_a_run_that_does_not_fit_makes_no_environments(monkeypatch, tmp_path):
+    """As many as members, each of which may take seconds."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: MIB)
+
+    def env():
+        pytest.fail("an environment was made")
+
+    with pytest.raises(SaferlError, match="members need"):
+        saferl.train("bc", point_dataset(), env=env, steps=1, members=50, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_out_of_memory_says_how_many_members_fit(monkeypatch):
