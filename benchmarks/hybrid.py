@@ -1,285 +1,282 @@
-"""Learning from a dataset and an environment: what the loop costs, and what each method gains.
+"""Offline data and an environment together: what each method gains, and what the loop costs.
 
-    python benchmarks/hybrid.py speed     # the loop beside pure updates; the meta step
-    python benchmarks/hybrid.py arms      # methods on Pendulum; goes on where it stopped
-    python benchmarks/hybrid.py report    # Markdown of both
+    python benchmarks/hybrid.py             # every task and method, small networks: hours
+    python benchmarks/hybrid.py --report    # the report of what there is, no training
+    python benchmarks/hybrid.py speed       # the loop beside pure updates; the meta step
 
-``speed`` counts processor time (`time.process_time`) of one thread in blocks that take turns, and
-gives ratios of medians. ``arms`` trains the comparison set of docs/agents/moorl.md at the same
-number of environment steps and critic steps on `Pendulum-v1`, where the dataset is 10,000
-transitions of a half-trained SAC policy acting stochastically: made here, no published data. The
-controls of the meta step are eta = 1 (the same blocks without it) and mixed batches with the same
-slow weights.
+A training is one task and one method with all its seeds. Each is added to results/hybrid.json when
+it ends; a rerun does those that are missing (``--fresh`` starts over). docs/benchmarks.md says what
+is compared. No data are published ones: cartpole's are made here, the others are saferl's own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import csv
 import os
 import shutil
-import statistics
 import sys
+import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import common
 
 os.environ.update(common.ONE_THREAD)
 
+import hybrid_report
+import hybrid_tasks
 import numpy as np
-import torch
+from book import Book, Result, results
+from hybrid_tasks import METHODS, TASKS
+from scores import EVALUATION_SEED, facts_of
 
-import saferl
-from saferl.agents.moorl import MOORL
-from saferl.agents.sac import SAC
-from saferl.data import Dataset
-from saferl.data.buffer import ReplayBuffer
-from saferl.evaluation.rollout import Slots
-from saferl.registry import agent_class
-from saferl.spec import Spec
-from saferl.training.engine import Engine
-from saferl.training.hybrid import HybridEngine
-
-ENV = "Pendulum-v1"
-SPEC = Spec(3, 1, action_low=(-2.0,), action_high=(2.0,), horizon=200)
-FILE = common.RESULTS / "hybrid.json"
-RATES = {"actor_lr": 1e-3, "critic_lr": 1e-3, "temperature_lr": 1e-3}
-COMMON = {"hidden": [64, 64], "batch_size": 128}
-DATA = 10_000
+PROBES = 512  # logged states at which Q(s, π(s)) is followed
+CURVE_EPISODES = 5
 
 
-# What the loop costs ------------------------------------------------------------------------------
-
-
-def speed(rounds: int, hidden: list[int], members: int) -> dict:
-    """Processor time of an update in each loop, and of MOORL's iteration with its meta step."""
-    torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    rows, ends = 20_000, np.arange(20_000) % 200 == 199
-    data = Dataset.from_arrays(
-        rng.normal(size=(rows, 3)), rng.uniform(-2, 2, (rows, 1)), rng.normal(size=rows),
-        np.zeros(rows), ends, rng.normal(size=(rows, 3)), action_low=(-2.0,), action_high=(2.0,),
-    )  # fmt: skip
-    seeds = range(members)
-    config = SAC.make_config({"hidden": hidden, "random_steps": 0, "start_steps": 0})
-    buffer = ReplayBuffer.from_dataset(data, SPEC, seeds)
-    pure = Engine(SAC(SPEC, config, members), buffer)
-    both = HybridEngine(
-        SAC(SPEC, config, members), Slots(ENV, members, None), 10**5,
-        ReplayBuffer.from_dataset(data, SPEC, seeds),
-    )  # fmt: skip
-    moorl = MOORL(SPEC, MOORL.make_config({"hidden": hidden}), members)
-    batch = buffer.sample(moorl.batch_rows)
-    both.run(300)
-
-    def meta() -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(moorl._meta, moorl._moving)
-        moorl.meta_step()
-
-    tasks = {
-        "offline": (lambda: pure.run(20), 20),
-        "hybrid": (lambda: both.run(20), 20),
-        "moorl": (lambda: [moorl.update(batch) for _ in range(4)], 4),
-        "meta": (lambda: [meta() for _ in range(40)], 40),
-    }
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for turn in range(rounds + 1):
-        for name, (run, count) in tasks.items():
-            start = time.process_time()
-            run()
-            if turn:  # the first warms up
-                times[name].append((time.process_time() - start) / count)
-    both.close()
-    medians = {name: statistics.median(values) for name, values in times.items()}
+def key_of(task: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What identifies a training, but for the data's fingerprint."""
+    facts, how = TASKS[task], METHODS[method]
+    settings = hybrid_tasks.settings_of(facts, how)
+    if options.hidden:
+        settings |= {k: [options.hidden] for k in ("hidden", "critic_hidden") if k in settings}
     return {
-        "command": common.command(),
-        "when": common.now(),
-        "machine": common.machine(),
-        "hidden": hidden,
-        "members": members,
-        "rounds": rounds,
-        "milliseconds": {name: 1e3 * value for name, value in medians.items()},
-        "update_rate_of_offline": medians["offline"] / medians["hybrid"],
-        "meta_step_of_iteration": medians["meta"] / medians["moorl"],
+        "task": task,
+        "method": method,
+        "dataset": facts.data,
+        "agent": how.agent,
+        "steps": options.steps or facts.steps,
+        "members": options.members,
+        "size": options.size,
+        "guard": how.guard,
+        "settings": settings,
     }
 
 
-# What each method gains ---------------------------------------------------------------------------
+def train_one(key: dict[str, Any], episodes: int, done: list[str]) -> Result:
+    """Facts of the dataset, and the finished training (None if the fingerprint is in ``done``)."""
+    import saferl
+    from saferl.evaluation import rollout
+    from saferl.training import run as run_module
+    from saferl.training.run import RunFolder
 
-
-def arms(utd: int) -> dict[str, tuple[str, dict]]:
-    """Name → agent and settings, at ``utd`` critic steps per environment step."""
-    k = {"inner_steps": 5, "utd": float(utd)}
-    plain, norm = {"utd": float(utd)}, {"critic_layer_norm": True}
-    return {
-        "SAC online only": ("sac", plain | {"offline_share": 0.0}),
-        "SAC one buffer": ("sac", plain | {"share_rule": "proportional"}),
-        "SAC 50/50": ("sac", plain),
-        "SAC 50/50 + LayerNorm": ("sac", plain | norm),
-        "blocks, K=5, no meta step (eta 1)": ("moorl", k | {"eta": 1.0}),
-        "MOORL, K=5, eta 0.9": ("moorl", k | {"eta": 0.9}),
-        "MOORL, K=5, eta 0.5": ("moorl", k | {"eta": 0.5}),
-        "MOORL, K=5, eta 0.5 + LayerNorm": ("moorl", k | norm | {"eta": 0.5}),
-        "50/50 + slow weights, K=5, eta 0.5": ("moorl", k | {"sampling": "mixed"}),
-        "RLPD, same UTD": ("rlpd", {"inner_steps": utd}),
-        "Cal-QL, after 2,000 offline": (
-            "cal_ql", {"utd": float(utd), "offline_steps": 2000, "critic_hidden": [64, 64]},
-        ),
-        "IQL, after 2,000 offline": (
-            "iql_finetune",
-            {"utd": float(utd), "offline_steps": 2000, "value_lr": 1e-3, "actor_decay_steps": 0},
-        ),
-        "WSRL, from Cal-QL": ("wsrl", {"inner_steps": utd, "start_steps": 500}),
+    task, data = TASKS[key["task"]], hybrid_tasks.dataset_of(key["dataset"], key["size"])
+    facts = facts_of(data)
+    if data.costs is not None:
+        facts["mean_cost"] = float(data.episode_costs().mean())
+    if facts["fingerprint"] in done:
+        return facts, None
+    settings, env = key["settings"], hybrid_tasks.environment(task.env)
+    first = settings.get("offline_steps", 0)
+    every, total = key["steps"] // task.evaluations, first + key["steps"]
+    options = {"settings": settings, "members": key["members"], "progress": False}
+    start, seconds = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        source: dict[str, Any] = {"dataset": data}
+        if key["agent"] == "wsrl":
+            before = Path(folder) / "before"
+            pretrain(data, key, before, task)
+            source = {"start_from": before}
+        kept, run_module.KEPT_CHECKPOINTS = run_module.KEPT_CHECKPOINTS, total // every + 1
+        try:
+            run = saferl.train(
+                key["agent"], env=env, steps=total, out=Path(folder) / "run", eval_interval=every,
+                eval_episodes=min(CURVE_EPISODES, episodes), log_interval=max(1, every // 20),
+                guard=hybrid_tasks.guard if key["guard"] else None, **source, **options,
+            )  # fmt: skip
+        finally:
+            run_module.KEPT_CHECKPOINTS = kept
+        seconds = time.process_time() - seconds
+        steps = [int(s) for s in np.unique(run.evaluation.steps)]
+        curve = [np.round(run.evaluation.at(s).matrix().mean(1), 1).tolist() for s in steps]
+        probes = [probe_values(saferl.load_agent(run.path, s), data) for s in steps]
+        played = {"bare": rollout(run.policy(), env, episodes, seed=EVALUATION_SEED)}
+        if key["guard"]:
+            played["guarded"] = guarded(run.policy(), env, episodes)
+        logged = metrics_of(run.path / "metrics.csv", first)
+        plan = RunFolder(run.path).config()
+        shutil.rmtree(run.path)
+    config = run.agent.config
+    counts = updates_of(run.agent, task, key)
+    costs = hybrid_tasks.passes(key["agent"], config)
+    return facts, key | {
+        "fingerprint": facts["fingerprint"],
+        "names": plan["members"],
+        "config": plan["agent_config"],
+        "played": {
+            name: {
+                "returns": np.round(p.returns, 2).tolist(),
+                "costs": None if p.costs is None else np.round(p.costs, 2).tolist(),
+                "lengths": np.asarray(p.lengths).tolist(),
+            }
+            for name, p in played.items()
+        },
+        "curve": {"steps": [s - first for s in steps], "returns": curve},
+        "probe": {
+            "mean": [np.round(mean, 3).tolist() for mean, _ in probes],
+            "largest": [np.round(largest, 3).tolist() for _, largest in probes],
+        },
+        "metrics": logged,
+        "updates": counts,
+        "passes": counts["critic"] * costs["critic"] + counts["actor"] * costs["actor"],
+        "seconds": {
+            "cpu": round(seconds, 1), "wall": round(time.perf_counter() - start, 1),
+        },
+        "date": common.now(),
     }  # fmt: skip
 
 
-def dataset(work: Path) -> Dataset:
-    """Stochastic transitions of SAC's policy at the first evaluation above -700."""
-    file = work / "pendulum-medium.npz"
-    if not file.exists():
-        settings = COMMON | RATES | {"random_steps": 500}
-        folder = work / "behaviour"
-        shutil.rmtree(folder, ignore_errors=True)
-        run = saferl.train(
-            "sac", env=ENV, steps=1000, members=1, seed=77, settings=settings, out=folder,
-            eval_interval=250, eval_episodes=10, progress=False,
-        )  # fmt: skip
-        for steps in range(1250, 6001, 250):
-            mean = float(run.evaluation.at().matrix().mean())
-            print(f"behaviour after {steps - 250} steps: {mean:.0f}", flush=True)
-            if mean > -700:
-                break
-            run = saferl.resume(folder, steps=steps, progress=False)
-        from saferl.evaluation import collect_transitions
+def pretrain(data: Any, key: dict[str, Any], out: Path, task: Any) -> None:
+    """Cal-QL on the data alone, as WSRL begins."""
+    import saferl
 
-        arrays = collect_transitions(run.policy(), ENV, DATA, seed=5, stochastic=True)
-        data = Dataset.from_arrays(
-            **arrays, id="pendulum-medium", env_id=ENV, action_low=(-2.0,), action_high=(2.0,),
-            horizon=200, origin=f"SAC after {steps - 250} steps, acting stochastically",
-        )  # fmt: skip
-        data.save(file)
-    return saferl.load_dataset(file)
+    method = hybrid_tasks.Method("", "cal_ql", hybrid_tasks.BEFORE_WSRL)
+    settings = hybrid_tasks.settings_of(task, method)
+    sizes = key["settings"]["hidden"]
+    settings |= {"hidden": sizes, "critic_hidden": sizes}
+    saferl.train(
+        "cal_ql", data, env=hybrid_tasks.environment(task.env), steps=settings["offline_steps"],
+        settings=settings, members=key["members"], out=out, eval_interval=0, eval_episodes=1,
+        progress=False,
+    )  # fmt: skip
 
 
-def train_arm(name: str, work: Path, steps: int, utd: int, seeds: int) -> dict:
-    agent, own = arms(utd)[name]
-    data, folder = dataset(work), work / agent
-    shutil.rmtree(folder, ignore_errors=True)
-    known = agent_class(agent).Config
-    rates = {key: rate for key, rate in RATES.items() if hasattr(known, key)}
-    settings = COMMON | rates | own
-    options: dict = {"settings": settings, "members": seeds, "out": folder, "eval_episodes": 5}
-    if "offline_steps" not in own and agent != "wsrl":
-        settings["random_steps"] = 500
-    total = steps + own.get("offline_steps", 0)
-    options |= {"steps": total, "eval_interval": steps // 5, "log_interval": 50,
-                "checkpoint_interval": total, "progress": False}  # fmt: skip
-    start = time.process_time()
-    if agent == "wsrl":
-        first = work / "pre-training"
-        shutil.rmtree(first, ignore_errors=True)
-        pre = {"critic_hidden": [64, 64], "critics": 10, "actor_layer_norm": True,
-               "critic_layer_norm": True, "offline_steps": 2000}  # fmt: skip
-        saferl.train("cal_ql", data, settings=COMMON | rates | pre, steps=2000, members=seeds,
-                     out=first, eval_interval=0, eval_episodes=1, progress=False)  # fmt: skip
-        run = saferl.train(agent, env=ENV, start_from=first, **options)
-    else:
-        run = saferl.train(agent, data, **options)
-    seconds = time.process_time() - start
-    evaluated = run.evaluation
-    acting = [s for s in sorted(set(evaluated.steps.tolist())) if s > total - steps]
-    returns = np.array([evaluated.at(s).matrix().mean(1) for s in acting])  # [evaluations, seeds]
-    import pandas as pd
+def probe_values(agent: Any, data: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and largest of Q(s, π(s)) ``[M]`` over fixed logged states; Q: mean of the ensemble."""
+    import torch
 
-    q = pd.read_csv(folder / "metrics.csv").query("step > @total - @steps").groupby("member")["q"]
-    shutil.rmtree(folder)
-    return {
-        "agent": agent,
-        "settings": own,
-        "area": returns.mean(0).tolist(),
-        "final": returns[-1].tolist(),
-        "q_final": q.last().tolist(),
-        "q_largest": q.max().tolist(),
-        "seconds": seconds,
+    rows = np.random.default_rng(0).integers(len(data), size=PROBES)
+    observations = torch.from_numpy(agent.spec.observations(data.observations[np.sort(rows)]))
+    observations = observations.expand(agent.members, -1, -1)
+    with torch.no_grad():
+        q = agent.critic(observations, agent.actor.mode(observations)).mean(1)
+    return q.mean(1).double().numpy(), q.amax(1).double().numpy()
+
+
+def guarded(policy: Any, env: Any, episodes: int) -> Any:
+    """Episodes of each member under the guard that stood between it and the environment."""
+    from types import SimpleNamespace
+
+    from saferl.evaluation import rollout
+
+    parts = [
+        rollout(hybrid_tasks.guard(policy.member(m)), env, episodes, seed=EVALUATION_SEED)
+        for m in range(policy.members)
+    ]
+    return SimpleNamespace(
+        **{name: np.concatenate([np.asarray(getattr(p, name)) for p in parts])
+           for name in ("returns", "costs", "lengths")}
+    )  # fmt: skip
+
+
+def metrics_of(path: Path, first: int) -> dict[str, Any]:
+    """From metrics.csv while acting: largest mean Q of a batch, and what exploring cost.
+
+    ``first``: step after which the members act. Each ``[M]``; the cost also as a curve.
+    """
+    series: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if int(row["step"]) > first:
+                for name in ("q", "exploration_cost", "multiplier", "guard_changed", "step"):
+                    if row.get(name):
+                        series[name][int(row["member"])].append(float(row[name]))
+    found: dict[str, Any] = {}
+    values = {name: [own[m] for m in sorted(own)] for name, own in series.items()}
+    if "q" in values:
+        found |= {
+            "q_largest": [max(v) for v in values["q"]],
+            "q_last": [v[-1] for v in values["q"]],
+        }
+    for name in ("multiplier", "guard_changed"):
+        if name in values:
+            found[name] = [float(np.mean(v[-max(1, len(v) // 10) :])) for v in values[name]]
+    if "exploration_cost" in values:
+        found["exploration_cost"] = [v[-1] for v in values["exploration_cost"]]
+        found["spent"] = {
+            "steps": [s - first for s in values["step"][0]],
+            "cost": np.mean(values["exploration_cost"], 0).tolist(),
+        }
+    return found
+
+
+def updates_of(agent: Any, task: Any, key: dict[str, Any]) -> dict[str, int]:
+    """Gradient steps of critics and of the policy, pre-training included."""
+    c, n = agent.config, agent.updates
+    k = c.critic_steps
+    counts = {
+        "critic": n * k,
+        "actor": n * (k if getattr(c, "actor_steps", "each") == "each" else 1),
     }
+    if key["agent"] == "wsrl":
+        counts = {name: count + task.pretraining for name, count in counts.items()}
+    return counts
 
 
-def run_arms(work: Path, steps: int, utd: int, seeds: int) -> None:
-    torch.set_num_threads(1)
-    work.mkdir(parents=True, exist_ok=True)
-    results = json.loads(FILE.read_text()) if FILE.exists() else {}
-    key = {"steps": steps, "utd": utd, "seeds": seeds}
-    if results.get("arms", {}).get("key") != key:
-        data = dataset(work)
-        results["arms"] = {
-            "key": key, "command": common.command(), "machine": common.machine(), "done": {},
-            "data": {"mean": float(data.episode_returns().mean()), "origin": data.card.origin,
-                     "rows": len(data)},
-        }  # fmt: skip
-    for name in arms(utd):
-        if name in results["arms"]["done"]:
-            continue
-        result = train_arm(name, work, steps, utd, seeds)
-        results["arms"]["done"][name] = result
-        results["arms"]["when"] = common.now()
-        common.write_json(FILE, results)
-        print(f"{name}: area {np.mean(result['area']):.0f}, final {np.mean(result['final']):.0f}",
-              flush=True)  # fmt: skip
-
-
-def report() -> str:
-    results = json.loads(FILE.read_text())
-    lines = []
-    for found in results.get("speed", []):
-        ms = found["milliseconds"]
-        lines.append(
-            f"- {found['members']} member(s), layers {found['hidden']}: an update takes "
-            f"{ms['offline']:.2f} ms in the offline loop and {ms['hybrid']:.2f} ms with its "
-            f"environment step, {100 * found['update_rate_of_offline']:.0f} % of the rate; a MOORL "
-            f"iteration of K = 5 takes {ms['moorl']:.2f} ms, snapshot and meta step "
-            f"{1e3 * ms['meta']:.0f} µs of it, {100 * found['meta_step_of_iteration']:.2f} %"
-        )
-    if "arms" in results:
-        found = results["arms"]
-        key = found["key"]
-        lines += ["", f"{key['steps']} environment steps, UTD {key['utd']}, {key['seeds']} seeds; "
-                  f"the data's mean return is {found['data']['mean']:.0f}.", ""]  # fmt: skip
-        rows = [
-            [name, *(_spread(arm[k]) for k in ("area", "final", "q_final", "q_largest")),
-             f"{arm['seconds']:.0f}"]
-            for name, arm in found["done"].items()
-        ]  # fmt: skip
-        heads = ["arm", "area (range)", "final (range)", "last Q", "largest Q", "CPU seconds"]
-        lines.append(common.table(heads, rows))
-    return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{np.mean(values):.0f} ({min(values):.0f} to {max(values):.0f})"
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "arms", "report"])
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 256])
-    parser.add_argument("--members", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--steps", type=int, default=2000, help="environment steps of an arm")
-    parser.add_argument("--utd", type=int, default=2, help="critic steps per environment step")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--work", type=Path, default=Path("hybrid-work"), help="scratch folder")
-    options = parser.parse_args()
+    parser.add_argument("what", nargs="?", choices=["arms", "speed"], default="arms")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--members", type=int, help="seeds, side by side (5; speed: 1 and 3)")
+    parser.add_argument("--steps", type=int, help="environment steps, instead of each task's")
+    parser.add_argument("--episodes", type=int, default=10, help="per seed, of the last policy")
+    parser.add_argument("--size", type=int, help="transitions of each dataset")
+    parser.add_argument("--hidden", type=int, help="one layer of so many units, for a try")
+    parser.add_argument("--rounds", type=int, default=25, help="of speed")
+    parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
+    options = parser.parse_args(arguments)
+    book = Book(options.out / "hybrid.json", options.fresh)
+    book.content.setdefault("datasets", {})
+    book.content.setdefault("runs", [])
     if options.what == "speed":
-        found = [speed(options.rounds, options.hidden, m) for m in options.members]
-        results = json.loads(FILE.read_text()) if FILE.exists() else {}
-        common.write_json(FILE, results | {"speed": found})
-        print(report())
-    elif options.what == "arms":
-        run_arms(options.work, options.steps, options.utd, options.seeds)
-    else:
-        print(report())
+        import hybrid_speed
+
+        counts = [options.members] if options.members else [1, 3]
+        book.content["speed"] = [hybrid_speed.speed(options.rounds, [256, 256], m) for m in counts]
+        common.write_json(book.path, book.content)
+        print("\n".join(map(hybrid_speed.told, book.content["speed"])))
+        return 0
+    options.members = options.members or 5
+    pairs = hybrid_tasks.schedule(options.tasks, options.methods)
+    keys, failed = [key_of(*pair, options) for pair in pairs], 0
+    if not options.report:
+        book.content |= {
+            "command": common.command(),
+            "machine": common.machine(),
+            "versions": common.versions(["saferl", "torch", "numpy", "mujoco", "gymnasium"]),
+        }
+        calls = [
+            (key, options.episodes, [r["fingerprint"] for r in book.matching(key)]) for key in keys
+        ]
+        for key, result in results(train_one, calls, 1):
+            name = f"{common.now()} {key['task']}: {key['method']}"
+            if isinstance(result, Exception):
+                failed += 1
+                print(f"{name}: FAILED, {result}", file=sys.stderr, flush=True)
+                continue
+            facts, run = result
+            book.add(facts, run, key["dataset"])
+            print(f"{name}: {told_of(run)}", file=sys.stderr, flush=True)
+    text = hybrid_report.write(book, book.entries(keys), options.out)
+    if not options.report:  # which may look at the file of a run that is still writing it
+        common.write_json(book.path, book.content)
+    print(text, end="")
+    return 1 if failed else 0
+
+
+def told_of(run: dict[str, Any] | None) -> str:
+    """A line for the terminal."""
+    if run is None:
+        return "done before"
+    curve = ", ".join(f"{np.mean(row):.0f}" for row in run["curve"]["returns"])
+    means = ", ".join(f"{np.mean(row):.0f}" for row in run["played"]["bare"]["returns"])
+    return f"{curve}; last policies {means} ({run['seconds']['cpu']:.0f} s)"
 
 
 if __name__ == "__main__":

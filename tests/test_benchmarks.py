@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-import saferl
 from saferl.data.buffer import Batch
 from saferl.registry import agent_class
 from saferl.spec import Spec
@@ -23,7 +22,6 @@ import bounds
 import common
 import engines
 import floors
-import hybrid
 import scores
 import scores_report
 import throughput
@@ -363,24 +361,3 @@ def test_worker_answers_reports_errors_and_keeps_prints_apart(tmp_path):
 def test_command_leaves_out_this_machines_paths(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/scores.py", "--peer-python", "/y", "--jobs", "1"])
     assert common.command() == "python benchmarks/scores.py --jobs 1"
-
-
-def test_hybrid_arms_are_trained_once_and_reported(tmp_path, monkeypatch, capsys):
-    """Two arms at a tiny scale; a rerun does what is missing alone."""
-    monkeypatch.setattr(hybrid, "FILE", tmp_path / "hybrid.json")
-    monkeypatch.setattr(hybrid, "COMMON", {"hidden": [8], "batch_size": 8})
-    data = saferl.evaluation.collect_transitions(None, hybrid.ENV, 400, seed=0)
-    card = {"action_low": (-2.0,), "action_high": (2.0,), "horizon": 200, "env_id": hybrid.ENV}
-    saferl.Dataset.from_arrays(**data, **card).save(tmp_path / "pendulum-medium.npz")
-    every = hybrid.arms(2)
-    chosen = ["SAC 50/50", "MOORL, K=5, eta 0.5"]
-    monkeypatch.setattr(hybrid, "arms", lambda utd: {name: every[name] for name in chosen[:1]})
-    arguments = (tmp_path, 510, 2, 2)  # random until step 500
-    hybrid.run_arms(*arguments)
-    monkeypatch.setattr(hybrid, "arms", lambda utd: {name: every[name] for name in chosen})
-    capsys.readouterr()
-    hybrid.run_arms(*arguments)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(chosen[1])
-    text = hybrid.report()
-    assert all(name in text for name in chosen) and "510 environment steps, UTD 2" in text

@@ -1,0 +1,262 @@
+"""What `hybrid.py` trains: tasks and their data, methods, and the schedule."""
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LIMIT = 40.0  # cost of an episode, where there is a limit
+RESERVE = 0.5  # of the limit, kept back by the guard for what stopping costs
+MEDIUM = 400.0  # cartpole: the behaviour is SAC at the first evaluation above this return
+ROWS = 10_000  # transitions of the cartpole sets
+RATES = {name: 1e-3 for name in ("actor_lr", "critic_lr", "temperature_lr", "value_lr")}
+WIDE = {"hidden": [64, 64], "critic_hidden": [64, 64], "batch_size": 128}
+
+
+@dataclass(frozen=True)
+class Task:
+    """An environment, its data and the scale of the trainings."""
+
+    env: str
+    data: str
+    steps: int  # environment steps
+    utd: int  # critic steps per environment step
+    pretraining: int  # updates on the data, of methods that begin with them
+    random_steps: int
+    evaluations: int  # while acting
+    methods: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+SPARSE = {"entropy_backup": False}
+ROBOT = {"steps": 8000, "utd": 1, "pretraining": 4000, "random_steps": 1000, "evaluations": 4,
+         "methods": ("limits", "limits_guarded", "online", "moorl", "iql", "moorl_guarded", "rlpd",
+                     "cal_ql", "wsrl")}  # fmt: skip
+TASKS = {
+    "cartpole": Task(
+        "dmc/cartpole-swingup-v0", "cartpole-medium", 4000, 5, 3000, 500, 4,
+        ("online", "meta", "mixed_norm", "mixed_meta", "moorl_norm", "one_buffer", "rlpd", "iql",
+         "cal_ql", "wsrl", "meta_20"),
+    ),
+    "cartpole, random data": Task(
+        "dmc/cartpole-swingup-v0", "cartpole-random", 4000, 5, 3000, 500, 4, ("meta", "mixed_norm"),
+    ),
+    "pointmaze": Task(
+        "saferl/PointMaze-Medium-v0", "saferl/pointmaze-medium-planner-v0", 8000, 2, 4000, 1000, 4,
+        ("mixed_norm", "online", "iql", "moorl_norm", "rlpd", "cal_ql", "wsrl"), SPARSE,
+    ),
+    "hopper": Task("saferl/HopperVelocity-v0", "saferl/hopper-velocity-medium-v0", **ROBOT),
+    "halfcheetah": Task(
+        "saferl/HalfCheetahVelocity-v0", "saferl/halfcheetah-velocity-medium-v0", **ROBOT
+    ),
+    "cartpole, sparse": Task(
+        "dmc/cartpole-swingup_sparse-v0", "cartpole-sparse", 20_000, 5, 4000, 500, 10,
+        ("online", "mixed_norm", "meta_norm"), SPARSE,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    """An agent and what is set besides the scale; a list of values is one group of seeds each.
+
+    ``k``: critic steps per update, 0 for as many as the UTD.
+    """
+
+    title: str
+    agent: str
+    own: dict[str, Any] = field(default_factory=dict)
+    k: int | None = None
+    guard: bool = False
+
+
+NORM = {"critic_layer_norm": True}
+LIMITS = {"cost_limit": [math.inf, LIMIT]}
+METHODS = {
+    "online": Method("SAC, online only", "sac", {"offline_share": 0.0}),
+    "one_buffer": Method("SAC, one buffer", "sac", {"share_rule": "proportional"}),
+    "mixed_norm": Method("SAC 50/50 + LayerNorm", "sac", NORM),
+    "mixed_meta": Method(
+        "50/50 batches, K 5", "moorl", {"eta": [1.0, 0.5], "sampling": "mixed"}, 5
+    ),
+    "meta": Method("MOORL, K 5", "moorl", {"eta": [1.0, 0.9, 0.5]}, 5),
+    "meta_norm": Method("MOORL, K 5 + LayerNorm", "moorl", {"eta": [1.0, 0.9], **NORM}, 5),
+    "meta_20": Method("MOORL, K 20", "moorl", {"eta": [1.0, 0.5]}, 20),
+    "moorl": Method("MOORL, K 5, η 0.5", "moorl", {"eta": 0.5}, 5),
+    "moorl_norm": Method("MOORL, K 5, η 0.5 + LayerNorm", "moorl", {"eta": 0.5, **NORM}, 5),
+    "rlpd": Method("RLPD, same UTD", "rlpd", {}, 0),
+    "iql": Method("IQL, fine-tuned", "iql_finetune", {"actor_decay_steps": 0}),
+    "cal_ql": Method("Cal-QL", "cal_ql", {"samples": 4}),
+    "wsrl": Method("WSRL, from Cal-QL", "wsrl", {}, 0),
+    "limits": Method("SAC 50/50 + LayerNorm", "sac", {**LIMITS, **NORM}),
+    "limits_guarded": Method("SAC 50/50 + LayerNorm, guard", "sac", {**LIMITS, **NORM}, None, True),
+    "moorl_guarded": Method(
+        "MOORL, K 5, η 0.5, guard", "moorl", {"eta": 0.5, "cost_limit": LIMIT}, 5, True
+    ),
+}
+# Of a group of seeds, where the values do not say enough.
+VARIANTS = {
+    ("meta", "eta=1"): "blocks, K 5, η 1: no meta step",
+    ("meta_norm", "eta=1"): "blocks, K 5, η 1 + LayerNorm",
+    ("meta_20", "eta=1"): "blocks, K 20, η 1: no meta step",
+    ("mixed_meta", "eta=1"): "SAC 50/50",
+    ("mixed_meta", "eta=0.5"): "50/50 + slow weights, K 5, η 0.5",
+    ("limits", "cost_limit=inf"): "SAC 50/50 + LayerNorm",
+    ("limits_guarded", "cost_limit=inf"): "SAC 50/50 + LayerNorm, guard",
+}
+# Cal-QL as WSRL wants it to begin with: its layers and its ten critics.
+BEFORE_WSRL = {"samples": 4, "critics": 10, "actor_layer_norm": True, "critic_layer_norm": True}
+
+# Cheapest and most telling first: what each task is for, then the rest of its methods.
+FIRST = (
+    ("cartpole", ("online",)),
+    ("hopper", ("limits", "limits_guarded")),
+    ("pointmaze", ("mixed_norm", "online")),
+    ("cartpole", ("meta", "mixed_norm")),
+    ("halfcheetah", ("limits", "limits_guarded")),
+    ("pointmaze", ("iql", "moorl_norm")),
+    ("hopper", ("online", "moorl", "iql")),
+    ("halfcheetah", ("online", "moorl", "iql")),
+    ("cartpole", ("mixed_meta",)),
+    ("cartpole, random data", ("mixed_norm",)),
+)
+
+
+def title_of(method: str, variant: str) -> str:
+    """Of a group of seeds; ``variant``: its values as in the members' names."""
+    found = VARIANTS.get((method, variant))
+    if found or not variant:
+        return found or METHODS[method].title
+    values = variant.replace("eta=", "η ").replace("cost_limit=", "limit ")
+    return f"{METHODS[method].title}, {values}"
+
+
+def schedule(tasks: list[str], methods: list[str] | None) -> list[tuple[str, str]]:
+    """Tasks and methods in the order of work."""
+    order = [(task, method) for task, some in FIRST for method in some]
+    order += [(task, method) for task, facts in TASKS.items() for method in facts.methods]
+    return [
+        pair
+        for pair in dict.fromkeys(order)
+        if pair[0] in tasks and (methods is None or pair[1] in methods)
+    ]
+
+
+def settings_of(task: Task, method: Method) -> dict[str, Any]:
+    """The scale, the task's and the method's own, of what its agent has fields for."""
+    from saferl.registry import agent_class
+
+    known = agent_class(method.agent).Config
+    settings = {k: v for k, v in (WIDE | RATES | task.settings).items() if hasattr(known, k)}
+    k = task.utd if method.k == 0 else method.k
+    settings |= {"utd": float(task.utd), "random_steps": task.random_steps, **method.own}
+    if k:
+        settings["inner_steps"] = k
+    if method.agent in ("iql_finetune", "cal_ql"):
+        settings |= {"offline_steps": task.pretraining, "random_steps": 0}
+    if method.agent == "wsrl":
+        settings |= {"random_steps": 0, "start_steps": task.random_steps}
+    return settings
+
+
+def passes(agent: str, c: Any) -> dict[str, float]:
+    """Passes through one network per critic step and per actor step: forward 1, with gradient 3."""
+    e = getattr(c, "critics", 2)
+    if agent == "iql_finetune":  # V twice forward and once back, two critics and their targets
+        return {"critic": 1 + 3 + e + 3 * e, "actor": 3}
+    if agent == "cal_ql":
+        n = c.samples
+        target = (n if c.max_backup else 1) * e
+        return {"critic": 2 + target + 3 * e * (1 + 3 * n), "actor": 3 + 3 * e}
+    limits = c.cost_limit if isinstance(c.cost_limit, tuple) else (c.cost_limit,)
+    costs = 2 if np.isfinite(limits).any() else 0  # critics of the cost
+    return {"critic": 1 + 4 * (e + costs), "actor": 3 + 3 * (e + costs)}
+
+
+# Environments and data ----------------------------------------------------------------------------
+
+
+def environment(name: str) -> str | Callable[[], Any]:
+    """An id, or for a task of dm_control that has none a function."""
+    if name != "dmc/cartpole-swingup_sparse-v0":
+        return name
+    from saferl.envs.dmc import DMControlEnv
+
+    return functools.partial(DMControlEnv, "cartpole", "swingup_sparse")
+
+
+@functools.lru_cache(maxsize=2)
+def dataset_of(name: str, size: int | None = None) -> Any:
+    """A bundled set, or one of cartpole's, made on first use and kept beside the bundled ones."""
+    import saferl
+    from saferl.data import Dataset
+    from saferl.data.files import data_dir
+    from saferl.evaluation import collect_transitions
+
+    if name.startswith("saferl/"):
+        return saferl.load_dataset(name, **({"size": size} if size else {}))
+    size = size or ROWS
+    file = data_dir("hybrid") / f"{name}-{size}.npz"
+    if file.exists():
+        return saferl.load_dataset(file)
+    policy, origin = None, "uniformly random actions"
+    if name != "cartpole-random":
+        policy, steps = behaviour(file.parent / "cartpole-behaviour")
+        origin = f"SAC after {steps} steps of the dense task, acting stochastically"
+    env_id = f"dmc/cartpole-swingup{'_sparse' if name == 'cartpole-sparse' else ''}-v0"
+    rows = collect_transitions(
+        policy, environment(env_id), size, seed=5, stochastic=policy is not None
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_arrays(
+        **rows, id=f"hybrid/{name}", env_id=env_id, action_low=(-1.0,), action_high=(1.0,),
+        horizon=500, reference_returns=(0.0, 1000.0), reference_source="the range of the returns",
+        origin=f"{origin}; made by benchmarks/hybrid.py, no published data",
+    ).save(file)  # fmt: skip
+    return saferl.load_dataset(file)  # what a rerun reads, to the bit
+
+
+def behaviour(folder: Path) -> tuple[Any, int]:
+    """Cartpole's half-trained policy, and the steps that it took: the first of four seeds."""
+    import saferl
+
+    done = folder.with_suffix(".steps")
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        trained, steps = folder.with_name("training"), 1000
+        shutil.rmtree(trained, ignore_errors=True)
+        fields = {k: v for k, v in (WIDE | RATES).items() if k != "value_lr"}
+        run = saferl.train(
+            "sac", env=TASKS["cartpole"].env, steps=steps, members=4, seed=77, out=trained,
+            settings=fields | {"random_steps": 500, "utd": 5.0}, eval_interval=500,
+            eval_episodes=2, progress=False,
+        )  # fmt: skip
+        while (means := run.evaluation.at(steps).matrix().mean(1)).max() < MEDIUM:
+            print(f"behaviours after {steps} steps: {means.round()}", flush=True)
+            if steps >= 10_000:
+                raise RuntimeError(f"no half-trained policy within {steps} steps")
+            steps += 500
+            run = saferl.resume(trained, steps=steps, progress=False)
+        print(f"behaviours after {steps} steps: {means.round()}", flush=True)
+        saferl.split(trained, folder, int(means.argmax()))
+        done.write_text(str(steps))
+    return saferl.load_agent(folder).policy(), int(done.read_text())
+
+
+def guard(policy: Any) -> Any:
+    """Once half of an episode's limit is spent, no torque to the end of the episode."""
+    from saferl.safety import Shield
+
+    size = policy.spec.action_dim
+
+    def stop(observations: np.ndarray) -> np.ndarray:
+        return np.zeros((len(observations), size), np.float32)
+
+    return Shield(policy, fallback=stop, cost_limit=LIMIT, reserve=RESERVE * LIMIT)
