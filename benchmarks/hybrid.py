@@ -34,7 +34,7 @@ from hybrid_tasks import METHODS, TASKS
 from scores import EVALUATION_SEED, facts_of
 
 PROBES = 512  # logged states at which Q(s, π(s)) is followed
-CURVE_EPISODES = 5
+CURVE_EPISODES = 2
 
 
 def key_of(task: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--members", type=int, help="seeds, side by side (5; speed: 1 and 3)")
     parser.add_argument("--steps", type=int, help="environment steps, instead of each task's")
-    parser.add_argument("--episodes", type=int, default=10, help="per seed, of the last policy")
+    parser.add_argument("--episodes", type=int, default=5, help="per seed, of the last policy")
     parser.add_argument("--size", type=int, help="transitions of each dataset")
     parser.add_argument("--hidden", type=int, help="one layer of so many units, for a try")
     parser.add_argument("--rounds", type=int, default=25, help="of speed")
