@@ -231,18 +231,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
-    book = Book(options.out / "hybrid.json", options.fresh)
-    book.content.setdefault("datasets", {})
-    book.content.setdefault("runs", [])
     if options.what == "speed":
         import hybrid_speed
 
         counts = [options.members] if options.members else [1, 3]
-        book.content["speed"] = [hybrid_speed.speed(options.rounds, [256, 256], m) for m in counts]
-        common.write_json(book.path, book.content)
-        print("\n".join(map(hybrid_speed.told, book.content["speed"])))
+        found = [hybrid_speed.speed(options.rounds, [256, 256], m) for m in counts]
+        common.write_json(options.out / "hybrid_speed.json", {"speed": found})
+        print("\n".join(map(hybrid_speed.told, found)))
         return 0
     options.members = options.members or 5
+    book = Book(options.out / "hybrid.json", options.fresh)
     pairs = hybrid_tasks.schedule(options.tasks, options.methods)
     keys, failed = [key_of(*pair, options) for pair in pairs], 0
     if not options.report:

@@ -88,10 +88,11 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return bootstrap_interval(values if values.ndim == 2 else values[:, None])
 
 
-def shown(values: np.ndarray | None, digits: int = 0) -> str:
+def shown(values: np.ndarray | None, digits: int = 0, least: float = -np.inf) -> str:
     if values is None:
         return "–"
-    return span(float(values.mean()), interval(values), digits)
+    low, high = interval(values)
+    return span(float(values.mean()), (max(low, least), high), digits)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -102,7 +103,7 @@ def table(rows: Sequence[Row]) -> str:
             row["title"],
             shown(row["returns"]),
             shown(row["area"]),
-            *([shown(row["costs"])] if costs else []),
+            *([shown(row["costs"], 0, 0.0)] if costs else []),
             shown(row["probe"][:, -1], 1),
             f"{row['probe_largest'].max():.1f}",
             "–" if row["q_largest"] is None else f"{row['q_largest'].max():.1f}",
@@ -135,10 +136,10 @@ def explored(rows: Sequence[Row]) -> str:
         lines.append(
             [
                 row["title"],
-                shown(row["explored"]),
+                shown(row["explored"], 0, 0.0),
                 f"{row['explored'].mean() / base['explored'].mean():.2f}",
                 shown(played["returns"]),
-                shown(played["costs"]),
+                shown(played["costs"], 0, 0.0),
                 f"{int((played['costs'].mean(1) <= LIMIT).sum())} of {row['seeds']}",
                 difference,
                 "–" if row["guarded"] is None else f"{100 * row['changed'].mean():.0f} %",
@@ -215,7 +216,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         1, len(tasks), figsize=(4.6 * len(tasks), 4.6), layout="constrained", squeeze=False
     )
     for panel, task in zip(axes[0], tasks):
-        colours = plt.get_cmap("tab20").colors
+        colours = plt.get_cmap("tab10").colors
         for number, row in enumerate(row for row in rows if row["task"] == task):
             colour = colours[number % len(colours)]
             panel.plot(row["steps"], row["curve"].mean(0), "o-", ms=3, color=colour,
