@@ -25,6 +25,10 @@ EMBEDDED_AGENT_SETTINGS = {
     "best_fraction": 0.1, "batch_size": 256, "normalize_observations": True
 }  # fmt: skip
 
+# Of `train`'s options, those that mean something beside --resume, and what is no option.
+RESUMABLE = {"steps", "device", "engine", "memory_map", "quiet"} | {"resume", "command", "run"}
+SPELLED = {"agent": "AGENT", "start_from": "--from"}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
@@ -211,9 +215,11 @@ def _train(options) -> None:
         if (value := getattr(options, name)) is not None
     }  # fmt: skip
     if options.resume is not None:
-        refused = list(chosen)
-        for name in ("agent", "dataset", "env", "set", "dataset_option", "column", "cost_limit"):
-            refused += [name] if getattr(options, name) else []
+        refused = [
+            SPELLED.get(name) or "--" + name.replace("_", "-")
+            for name, value in vars(options).items()
+            if name not in RESUMABLE and value not in (None, [])
+        ]
         if refused:
             raise SaferlError(
                 f"--resume takes {', '.join(refused)} from the run's config.yaml: only --steps, "

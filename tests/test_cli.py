@@ -85,6 +85,28 @@ def test_bare_command_prints_help(capsys):
     assert "train" in capsys.readouterr().out
 
 
+def test_resume_refuses_what_it_would_pass_over(capsys):
+    """Every option of train but those that it heeds, with a value like the default's or empty."""
+    from saferl.cli import RESUMABLE, _parser
+
+    commands = next(a for a in _parser()._actions if a.dest == "command").choices
+    heeded = {"--steps", "--device", "--engine", "--memory-map", "--quiet", "--resume", "--help"}
+    values = {"--set": "a=1", "--dataset-option": "a=1", "--column": "actions=a", "--dataset": ""}
+    tried = set()
+    for action in commands["train"]._actions:
+        name = action.option_strings[-1] if action.option_strings else action.dest.upper()
+        if name in heeded:
+            assert action.dest in RESUMABLE | {"help"}
+            continue
+        value = values.get(name, "0")
+        words = [value] if name == "AGENT" else [name, value]
+        assert main(["train", "--resume", "runs/x", *words]) == 2
+        error = capsys.readouterr().err
+        assert f"--resume takes {name} from the run's" in error and error.count("\n") == 1
+        tried.add(name)
+    assert {"AGENT", "--seed", "--members", "--threads", "--from", "--out"} < tried
+
+
 MISTAKES = {
     "dataset": (["train", "--dataset", "saferl/hoper-velocity-random-v0"], "hopper-velocity"),
     "family": (["train", "--dataset", "d4lr/hopper-medium-v2"], "'d4rl'"),
@@ -103,10 +125,13 @@ MISTAKES = {
     "no run": (["report", "nowhere"], "nowhere"),
     "collect from what": (["collect", "nowhere", "x.npz"], "not a run folder"),
     "resume what": (["train", "--resume", "nowhere"], "not a run folder"),
-    "resume and set": (["train", "--resume", "runs/x", "--set", "alpha=2"], "--resume takes set"),
+    "resume and set": (["train", "--resume", "runs/x", "--set", "alpha=2"], "--resume takes --set"),
     "resume and more": (
         ["train", "cql", "--resume", "runs/x", "--members", "3", "--cost-limit", "4"],
-        "--resume takes members, agent, cost_limit from the run's config.yaml",
+        "--resume takes AGENT, --members, --cost-limit from the run's config.yaml",
+    ),
+    "map without rows": (
+        ["train", "sac", "--env", ENV, "--memory-map", "rows"], "there is no dataset: leave it out",
     ),
     "engine": (["train", "--engine", "cuda_graph", "--device", "cpu"], "cuda_graph needs a GPU"),
     "precision": (["train", "--precision", "fp8"], "unknown precision 'fp8'"),
