@@ -29,6 +29,15 @@ class Account:
         self.step, self.episode = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self.running, self._awaiting = np.ones(count, bool), np.zeros(count, bool)
 
+    KEPT = ("spent", "step", "episode", "running", "_awaiting", "_started")
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {name.strip("_"): np.array(getattr(self, name)) for name in self.KEPT}
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        for name in self.KEPT:
+            setattr(self, name, state[name.strip("_")].copy())
+
     def __len__(self) -> int:
         """Environments; 0 before the first reset."""
         return len(self.spent) if self._started else 0

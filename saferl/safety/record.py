@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from saferl.errors import SaferlError
 
 REASONS = ("budget", "invalid", "ood", "critic")
@@ -65,6 +67,8 @@ class Journal:
         SaferlError: ``bound`` is negative or the file cannot be opened.
     """
 
+    COUNTED, BY_REASON = ("steps", "unsupported", "unlogged"), ("flagged", "changed")
+
     def __init__(self, bound: int, path: str | Path | None = None):
         if bound < 0:
             raise SaferlError(f"records must be 0 or more interventions, got {bound}")
@@ -101,6 +105,19 @@ class Journal:
                 warnings.warn(f"interventions are no longer logged to {self.path}: {error}",
                               RuntimeWarning, stacklevel=2)  # fmt: skip
             self.unlogged += 1
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The counters, without the interventions themselves."""
+        state = {name: np.array(getattr(self, name)) for name in self.COUNTED}
+        for name in self.BY_REASON:
+            state[name] = np.array([getattr(self, name)[reason] for reason in REASONS])
+        return state
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        for name in self.COUNTED:
+            setattr(self, name, int(state[name]))
+        for name in self.BY_REASON:
+            setattr(self, name, Counter(dict(zip(REASONS, state[name].tolist()))))
 
     def summary(self) -> dict[str, Any]:
         """``steps``; ``flagged``: share of steps whose proposed action was not accepted;

@@ -217,11 +217,6 @@ class Shield:
         """
         self._account.observe(cost, ended)
 
-    def count(self, cost: Any, ended: Any = False) -> None:
-        """A step that was made and is only counted: as a call and `observe`, without a decision."""
-        self._account.acted()
-        self._account.observe(cost, ended)
-
     @property
     def remaining(self) -> np.ndarray | None:
         """Budget left ``[N]``, negative where it is overspent; None without a limit."""
@@ -235,6 +230,27 @@ class Shield:
     def summary(self) -> dict[str, Any]:
         """Shares of steps that were changed, and why; see `Journal.summary`."""
         return self._journal.summary()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by which another shield of the same parts goes on where this one stands.
+
+        Budgets, episodes, counters and the stream of the samples; not `records`.
+        """
+        import torch
+
+        arrays = self._account.state() | self._journal.state()
+        state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self._draws():
+            state["stream"] = self._stream().state_dict()["state"][0]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` returned."""
+        arrays = {name: tensor.numpy() for name, tensor in state.items() if name != "stream"}
+        self._account.load(arrays)
+        self._journal.load(arrays)
+        if self._draws():
+            self._stream().load_state_dict({"state": state["stream"][None]})
 
     def close(self) -> None:
         """Close the log."""
@@ -364,12 +380,19 @@ class Shield:
 
     def _sample(self, function: Function, rows: np.ndarray, count: int) -> np.ndarray:
         """``[N, count, A]`` from the policy's own distribution."""
+        drawn = function.sample(np.repeat(rows, count, 0), self._stream(), self._shape)
+        return drawn.reshape(len(rows), count, *self._shape)
+
+    def _draws(self) -> bool:
+        return bool(self.samples or (self._candidates and not callable(self._candidates)))
+
+    def _stream(self) -> Any:
         if self._random is None:
             from saferl.rng import MemberRandom
 
-            self._random = MemberRandom([self._seed], function.device)
-        drawn = function.sample(np.repeat(rows, count, 0), self._random, self._shape)
-        return drawn.reshape(len(rows), count, *self._shape)
+            drawn_from = self._fallback if self.samples else self._policy
+            self._random = MemberRandom([self._seed], drawn_from.device)
+        return self._random
 
     def _check(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Executable actions, which of the given ones were valid, and which were clipped."""

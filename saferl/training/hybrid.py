@@ -11,7 +11,7 @@ stood, in any environment that its seed and the actions determine. Where another
 back, that member begins a new episode, and the run says so.
 
 A guard (`saferl.safety.Shield`) per member may stand between what the policy proposes and what is
-done; rows hold what was done.
+done; rows hold what was done. A checkpoint holds its state.
 
 An environment that fails ends the call of `HybridEngine.run` before the step; the rest is in order.
 After a resume, the member it belongs to begins a new episode, since the old one would fail again.
@@ -49,6 +49,7 @@ class HybridEngine(Engine):
         guard: makes the guard of a member from its policy, a function of raw observations
             ``[N, O]`` with an attribute ``spec``; None: nothing stands between.
         say: receives what a user should know in mid-run.
+        kind: how updates run, "eager" or "compile".
 
     Raises:
         SaferlError: the environments' spaces are not the agent's; nothing to learn from.
@@ -63,6 +64,7 @@ class HybridEngine(Engine):
         names: Sequence[str] | None = None,
         guard: Callable[[Any], Any] | None = None,
         say: Callable[[str], None] = lambda line: None,
+        kind: str = "eager",
     ):
         c, seeds = agent.config, agent.seeds
         self.slots, self.say, self.names = slots, say, names or [f"seed={s}" for s in seeds]
@@ -79,7 +81,7 @@ class HybridEngine(Engine):
             agent.spec, c.online_capacity or max(1, self.acting), seeds, agent.device, costs,
             agent.needs_returns,
         )  # fmt: skip
-        super().__init__(agent, Mixture(c, offline, self.online, seeds))
+        super().__init__(agent, Mixture(c, offline, self.online, seeds), kind)
         self.random = MemberRandom(seeds, agent.device, stream=3)
         self.policy = agent.behaviour()
         self.steps = 0  # of the run
@@ -100,7 +102,7 @@ class HybridEngine(Engine):
         self.episodes = np.zeros((len(seeds), 3))  # return, cost, length so far
         self.finished = np.zeros((len(seeds), 4))  # their sums since the last reading, and count
         self.proposals = [_Proposal(agent.spec) for _ in seeds]
-        self.guards = [guard(proposal) for proposal in self.proposals] if guard else []
+        self.guards = [_complete(guard(proposal)) for proposal in self.proposals] if guard else []
         self.replaced = np.zeros((len(seeds), 2))  # since the last reading, and steps
         self.last = np.zeros((len(seeds), 4))  # their means at the last reading; 1 once known
 
@@ -153,11 +155,11 @@ class HybridEngine(Engine):
         except EnvironmentFailed as error:
             self._fail(error)
             return False
-        drawn = [generator.get_state() for generator in self.random.generators]
-        actions = slots.act(self._choose, len(slots.envs))
+        drawn = self.random.state_dict()
+        guarded = [guard.state_dict() for guard in self.guards]
+        proposed = slots.act(self._choose, len(slots.envs))
         which = np.flatnonzero(slots.running)
-        if self.guards:
-            actions = self._guarded(actions, which)
+        actions = self._guarded(proposed, which) if self.guards else proposed
         before, elapsed = slots.observations.copy(), slots.elapsed.copy()
         self.actions[which, elapsed[which]] = actions[which]
         try:
@@ -165,9 +167,14 @@ class HybridEngine(Engine):
         except EnvironmentFailed as error:
             # What the others did in this step is not in the buffer: they do it again.
             slots.observations[:], slots.elapsed[:] = before, elapsed
-            self.random.load_state_dict({"state": torch.stack(drawn)})
+            self.random.load_state_dict(drawn)
+            for guard, state in zip(self.guards, guarded):
+                guard.load_state_dict(state)
             self._fail(error)
             return False
+        if self.guards:
+            changed = (actions[which] != proposed[which]).reshape(len(which), -1).any(1)
+            self.replaced[which] += np.stack([changed, np.ones(len(which))], 1)
         self._store(which, before, actions, ended)
         return True
 
@@ -177,7 +184,6 @@ class HybridEngine(Engine):
         for m in which:
             self.proposals[m].action = proposed[m]
             actions[m] = self.guards[m](self.slots.observations[m])
-            self.replaced[m] += (not np.array_equal(actions[m], proposed[m]), 1)
         return self.slots.spaces.clip(actions)
 
     def _fail(self, error: EnvironmentFailed) -> None:
@@ -265,6 +271,10 @@ class HybridEngine(Engine):
             "running": slots.running, "observations": slots.observations,
         }.items():  # fmt: skip
             state[f"acting.{name}"] = torch.from_numpy(array.copy())
+        if self.guards:
+            guards = [guard.state_dict() for guard in self.guards]
+            for name in guards[0]:
+                state[f"guard.{name}"] = torch.stack([guard[name] for guard in guards])
         state["acting.random"] = self.random.state_dict()["state"]
         state["steps"], state["acted"] = torch.tensor(self.steps), torch.tensor(self.buffer.steps)
         state["has_costs"] = torch.tensor(self.slots.has_costs)
@@ -292,6 +302,9 @@ class HybridEngine(Engine):
                     f"actions: member {self.names[m]} begins a new episode"
                 )
         slots.running[:] = same
+        guards = part(state, "guard.")
+        for m, guard in enumerate(self.guards):
+            guard.load_state_dict({name: value[m] for name, value in guards.items()})
 
     def _replay(self, member: int, elapsed: int, observation: np.ndarray) -> bool:
         """Bring an environment to where it stood ``elapsed`` steps into its episode."""
@@ -299,14 +312,10 @@ class HybridEngine(Engine):
         slots.running[:] = False
         try:
             slots.start(member, int(slots.episode[member]))
-            if self.guards:
-                self.guards[member].reset()
             for step in range(elapsed):
                 slots.step(self.actions[:, step])
                 if not slots.running[member]:
                     return False
-                if self.guards:
-                    self.guards[member].count(slots.costs[member])
         except EnvironmentFailed:
             return False
         return np.array_equal(slots.observations[member], observation)
@@ -323,6 +332,17 @@ class _Proposal:
 
     def __call__(self, observations: np.ndarray) -> np.ndarray:
         return self.action[None]
+
+
+def _complete(guard: Any) -> Any:
+    """``guard``, which must have what `HybridEngine` asks of a `Shield`."""
+    for name in ("__call__", "reset", "observe", "state_dict", "load_state_dict"):
+        if not hasattr(guard, name):
+            raise SaferlError(
+                f"guard returned a {type(guard).__name__} without {name}: it returns a "
+                "saferl.safety.Shield round the policy that it is given, or what has its methods"
+            )
+    return guard
 
 
 def returns_to_go(agent: Any, dataset: Any) -> np.ndarray | None:

@@ -214,6 +214,30 @@ class Clone:
         return 2 * random.uniform(observations.shape[1], 1) - 1
 
 
+def test_another_shield_goes_on_from_its_state():
+    def made():
+        return Shield(constant(2), Near(), fallback=Clone(), samples=5, cost_limit=4, spec=LINE)
+
+    first, second = made(), made()
+    first.reset(np.ones(3, bool))
+    for step in range(4):
+        first(line(3))
+        first.observe([0.5, 1.0, 0.0], [False, False, step == 3])
+    second.load_state_dict(first.state_dict())
+    for shield in (first, second):
+        shield.reset([False, False, True])
+    for _ in range(3):
+        taken = [shield(line(3)) for shield in (first, second)]
+        np.testing.assert_array_equal(*taken)
+        for shield in (first, second):
+            shield.observe([0.5, 1.0, 0.0])
+    np.testing.assert_array_equal(first.remaining, second.remaining)
+    assert first.remaining.tolist() == [0.5, -3.0, 4.0]
+    sums = [shield.summary() | {"records": None} for shield in (first, second)]
+    assert sums[0] == sums[1] and sums[0]["steps"] == 21
+    assert [r.episode for r in second.records if r.environment == 2] == [1, 1, 1]
+
+
 def test_clone_and_the_best_of_its_samples():
     alone = Shield(constant(2), Near(), fallback=Clone(), spec=LINE)
     assert alone(line(1)) == 0 and not alone.records[0].supported
