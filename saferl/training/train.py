@@ -262,6 +262,10 @@ def _execute(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(plan["threads"])
         rows = None
+        if dataset is None and memory_map is not None:
+            raise SaferlError(
+                "--memory-map holds a dataset's rows, and there is no dataset: leave it out"
+            )
         if dataset is not None:
             card = {
                 "card": dataset.card.to_dict(),

@@ -563,6 +563,82 @@ def test_a_guard_stands_between_proposal_and_environment(tmp_path, monkeypatch):
     same(whole.path, tmp_path / "broken")
 
 
+class Inner:
+    """A guardian of actions within [-1, 1]."""
+
+    threshold = 1.0
+
+    def score(self, observations, actions):
+        return np.abs(actions[:, 0])
+
+
+class Drawing:
+    """A fallback whose own action is never supported, so that samples are drawn."""
+
+    members = 1
+
+    def __call__(self, observations):
+        return torch.full((1, observations.shape[1], 1), 2.0)
+
+    def sample(self, observations, random):
+        return 4 * random.uniform(observations.shape[1], 1) - 2
+
+
+def drawing(policy):
+    return Shield(policy, Inner(), fallback=Drawing(), samples=3, cost_limit=7.0, horizon=20)
+
+
+@pytest.mark.parametrize("step", [7, 28, 42])
+def test_a_guard_that_draws_goes_on_where_it_stood(step, tmp_path, monkeypatch):
+    made = []
+
+    def kept(policy):
+        made.append(drawing(policy))
+        return made[-1]
+
+    whole = quick(tmp_path / "whole", env=Toll, guard=kept)
+    undo = interrupt_at(monkeypatch, step)
+    with pytest.raises(KeyboardInterrupt):
+        quick(tmp_path / "broken", env=Toll, guard=kept)
+    undo()
+    saferl.resume(tmp_path / "broken", env=Toll, guard=kept, device="cpu", progress=False)
+    same(whole.path, tmp_path / "broken")
+    for unbroken, resumed in zip(made[:2], made[4:]):
+        expected, found = unbroken.summary(), resumed.summary()
+        assert 0 < found.pop("records") <= expected.pop("records")  # the log has them all
+        assert found == expected and found["by_reason"]["ood"] > 0.1
+        assert resumed.remaining == unbroken.remaining
+    drawn = RunFolder(whole.path).load()[0]["engine.buffer.online.rows"][..., 2].flatten()
+    assert len(drawn.unique()) > 40
+    saferl.split(whole.path, tmp_path / "parts")
+    saferl.merge([tmp_path / "parts/member-0", tmp_path / "parts/member-1"], tmp_path / "both")
+    same(whole.path, tmp_path / "both")
+
+
+def test_a_guarded_step_that_fails_is_not_in_the_guards_books(tmp_path, monkeypatch):
+    monkeypatch.setattr(Failing, "steps", 0)
+    monkeypatch.setattr(Failing, "how", "crash")
+    options = {"eval_interval": 0, "guard": drawing}
+    with pytest.raises(SaferlError, match="up to step 34 is kept"):
+        quick(tmp_path / "run", env=Failing, **options)
+    state, _ = RunFolder(tmp_path / "run").load()
+    assert state["engine.guard.steps"].tolist() == [34, 34]
+    assert state["engine.guard.step"][0].tolist() == [14]
+    assert not state["engine.guard.awaiting"].any()
+    assert (state["engine.acting.replaced"][:, 1] == 34 % 7).all()  # since the reading at 28
+    run = saferl.resume(tmp_path / "run", env=Failing, guard=drawing, device="cpu", progress=False)
+    rows = RunFolder(run.path).load()[0]["engine.buffer.online.rows"]
+    whole = quick(tmp_path / "whole", env=PointEnv, **options)
+    expected = RunFolder(whole.path).load()[0]["engine.buffer.online.rows"]
+    torch.testing.assert_close(rows[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_guard_is_one_line(tmp_path):
+    with pytest.raises(SaferlError, match="guard returned a _Proposal without reset: it returns a"):
+        quick(tmp_path / "run", guard=lambda policy: policy)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_guard_is_for_agents_that_act(point, tmp_path):
     with pytest.raises(SaferlError, match="acts in no environment while it learns"):
         quick(tmp_path / "run", point, "td3_bc", guard=budgeted, settings={"hidden": [8]})
