@@ -151,6 +151,10 @@ class Agent:
         """Make networks (on the CPU, from ``init``) and optimisers; set ``self.actor``."""
         raise NotImplementedError
 
+    def rows(self, dataset: Any) -> Sequence[np.ndarray] | None:
+        """Numbers of the rows of what `prepare` returned that each member draws; None: all."""
+        return None
+
     def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
         """What is learned once from the whole `Dataset` before the first update (not on resume)."""
 

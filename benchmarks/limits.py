@@ -41,13 +41,17 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "a2pr_limited": ("a2pr", FOR_EACH_LIMIT),
     "cpq": ("cpq", FOR_EACH_LIMIT),
     "bcq_lag": ("bcq_lag", FOR_EACH_LIMIT),
+    # Cheap to ask: nearly all of the time goes into neighbours.
+    "ogsrl": ("ogsrl", FOR_EACH_LIMIT | {"guardian": "gmm", "model_options": "rows=10000"}),
 }
-EXPENSIVE = ("coptidice", "a2pr_limited", "cpq", "bcq_lag")
+EXPENSIVE = ("coptidice", "a2pr_limited", "cpq", "bcq_lag", "ogsrl")
+PLAYING = {"ogsrl": 0.01}  # updates that play episodes in a model: so many instead of one
 CLONING = ("bc", "bc_safe")
 # What a target of rate τ learns of costs with discount γ takes 1 / (τ (1 - γ)) updates to arrive,
 # 20 000 at the published τ. Runs that short in comparison are given faster rates, all alike.
 RATES = {"tau": 0.005, "multiplier_lr": 1e-3, "alpha_lr": 1e-4}
-SHARES = (1.0, 0.1)  # of what keeps a limit, cloned by BC-Safe; each limit and share by itself
+# Of what keeps a limit BC-Safe clones all, or the best tenth; members go in this order.
+MEMBERS = {"bc_safe": {"best_fraction": [1.0, 0.1], "cost_limit": list(LIMITS)}}
 RESERVE = 0.5  # of the limit, kept back by the shield for what stopping costs
 
 Played = dict[str, dict[str, Any]]  # by limit, "any" where there is none: an array per quantity
@@ -59,14 +63,14 @@ def settings_of(training: str, dataset: str, options: argparse.Namespace) -> dic
     from saferl.training.configs import published
 
     agent, own = TRAININGS[training]
-    cloning = agent in CLONING
     settings = published(agent, dataset) | narrowed(agent, options.hidden)
-    settings |= {
-        "batch_size": options.clone_batch_size if cloning else options.batch_size,
-        "normalize_observations": True,
-    }
+    settings["normalize_observations"] = True
+    if training not in PLAYING:
+        cloning = agent in CLONING
+        settings["batch_size"] = options.clone_batch_size if cloning else options.batch_size
     fields = {field.name for field in dataclasses.fields(agent_class(agent).Config)}
-    settings |= {name: options.faster * rate for name, rate in RATES.items() if name in fields}
+    if "tau" in fields:
+        settings |= {name: options.faster * rate for name, rate in RATES.items() if name in fields}
     if agent == "caps":
         settings["actor_decay_steps"] = options.updates
     return settings | own
@@ -84,7 +88,7 @@ def key_of(training: str, dataset: str, options: argparse.Namespace) -> dict[str
         "dataset": dataset,
         "training": training,
         "agent": TRAININGS[training][0],
-        "updates": options.updates,
+        "updates": max(1, round(options.updates * PLAYING.get(training, 1))),
         "members": options.members,
         "size": options.size,
         "settings": settings_of(training, dataset, options),
@@ -105,31 +109,28 @@ def train_one(key: dict[str, Any], episodes: int, device: str, done: list[str]) 
     }
     if facts["fingerprint"] in done:
         return facts, None
-    agents, plans, metrics = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        for number, varied in enumerate(variants(key["training"])):
-            path = Path(folder) / str(number)
-            saferl.train(
-                key["agent"],
-                data,
-                steps=key["updates"],
-                members=key["members"],
-                settings=key["settings"] | varied,
-                out=path,
-                device=device,
-                eval_interval=0,
-                eval_episodes=1,
-                progress=False,
-            )
-            agents.append(saferl.load_agent(path, device=device))
-            plans.append(RunFolder(path).config())
-            metrics.append(last_metrics(path / "metrics.csv"))
+        path = Path(folder) / "run"
+        saferl.train(
+            key["agent"],
+            data,
+            steps=key["updates"],
+            members=key["members"],
+            settings=key["settings"] | MEMBERS.get(key["training"], {}),
+            out=path,
+            device=device,
+            eval_interval=0,
+            eval_episodes=1,
+            progress=False,
+        )
+        agent, plan = saferl.load_agent(path, device=device), RunFolder(path).config()
+        metrics = last_metrics(path / "metrics.csv")
     trained = time.perf_counter()
-    played = dict(play(key, agents, data.card.env_id, episodes))
+    played = dict(play(key, agent, data.card.env_id, episodes))
     return facts, key | {
         "fingerprint": facts["fingerprint"],
-        "names": [name for plan in plans for name in plan["members"]],
-        "config": plans[0]["agent_config"],
+        "names": plan["members"],
+        "config": plan["agent_config"],
         "played": played,
         "metrics": metrics,
         "seconds": {
@@ -140,16 +141,7 @@ def train_one(key: dict[str, Any], episodes: int, device: str, done: list[str]) 
     }
 
 
-def variants(training: str) -> list[dict[str, Any]]:
-    """Settings of each run of a training: one, but for BC-Safe, whose data depend on them."""
-    if training != "bc_safe":
-        return [{}]
-    return [{"best_fraction": s, "cost_limit": limit} for s in SHARES for limit in LIMITS]
-
-
-def play(
-    key: dict[str, Any], agents: list[Any], env: str, episodes: int
-) -> Iterator[tuple[str, Played]]:
+def play(key: dict[str, Any], agent: Any, env: str, episodes: int) -> Iterator[tuple[str, Played]]:
     """Each row of the report that the training yields, with what its policies reached."""
     from saferl.evaluation import rollout
     from saferl.safety import Shield
@@ -161,49 +153,49 @@ def play(
 
     def each(policy_of: Callable[[int], Any]) -> dict[str, np.ndarray]:
         """Policies of one member, seed by seed."""
-        parts = [run(policy_of(seed)) for seed in range(key["members"])]
+        parts = [run(policy_of(seed)) for seed in range(seeds)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    training, policies = key["training"], [agent.policy() for agent in agents]
+    def by_limit(played: dict[str, np.ndarray], first: int = 0) -> Played:
+        """Members from number ``first`` on go limit by limit, within one by seed."""
+        rows = [slice(first + i * seeds, first + (i + 1) * seeds) for i in range(len(LIMITS))]
+        return told({limit: {k: v[part] for k, v in played.items()}
+                     for limit, part in zip(LIMITS, rows)})  # fmt: skip
+
+    training, policy, seeds = key["training"], agent.policy(), key["members"]
     if training == "caps":
         from saferl.agents.caps import tracked
 
         def spending(limit: float, seed: int) -> Shield:
-            return tracked(policies[0].member(seed), limit)
+            return tracked(policy.member(seed), limit)
 
-        yield training, told({limit: run(agents[0].policy_for(limit)) for limit in LIMITS})
+        yield training, told({limit: run(agent.policy_for(limit)) for limit in LIMITS})
         yield (
             "caps_tracked",
             told({limit: each(functools.partial(spending, limit)) for limit in LIMITS}),
         )
     elif training == "bc_safe":
-        every, best = (dict(zip(LIMITS, policies[i : i + len(LIMITS)])) for i in (0, len(LIMITS)))
-        yield training, told({limit: run(policy) for limit, policy in every.items()})
-        yield "bc_safe_best", told({limit: run(policy) for limit, policy in best.items()})
+        played, best = run(policy), len(LIMITS) * seeds
+        yield training, by_limit(played)
+        yield "bc_safe_best", by_limit(played, best)
 
-        def guarded(limit: float, seed: int) -> Shield:
+        def guarded(first: int, limit: float, seed: int) -> Shield:
             return Shield(
-                best[limit].member(seed),
-                fallback=every[limit].member(seed),
+                policy.member(best + first + seed),
+                fallback=policy.member(first + seed),
                 cost_limit=limit,
                 reserve=RESERVE * limit,
             )
 
         yield (
             "bc_safe_best_shield",
-            told({limit: each(functools.partial(guarded, limit)) for limit in LIMITS}),
-        )
+            told({limit: each(functools.partial(guarded, i * seeds, limit))
+                  for i, limit in enumerate(LIMITS)}),
+        )  # fmt: skip
+    elif "cost_limit" in key["settings"]:
+        yield training, by_limit(run(policy))
     else:
-        played = run(policies[0])
-        if "cost_limit" not in key["settings"]:
-            yield training, told({None: played})
-            return
-        # Members go limit by limit, within one by seed.
-        split = {k: v.reshape(len(LIMITS), key["members"], -1) for k, v in played.items()}
-        yield (
-            training,
-            told({limit: {k: v[i] for k, v in split.items()} for i, limit in enumerate(LIMITS)}),
-        )
+        yield training, told({None: run(policy)})
 
 
 def told(played: dict[float | None, dict[str, np.ndarray]]) -> Played:

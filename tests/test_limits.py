@@ -30,7 +30,7 @@ def test_run_resume_and_report(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "limits.md").read_text()
     content = json.loads((tmp_path / "limits.json").read_text())
     safe, plain, caps = content["runs"]
-    assert len(safe["names"]) == 12 and len(safe["metrics"]) == 6
+    assert len(safe["names"]) == 12
     assert len(plain["names"]) == len(caps["names"]) == 2
     assert list(safe["played"]) == ["bc_safe", "bc_safe_best", "bc_safe_best_shield"]
     assert list(caps["played"]) == ["caps", "caps_tracked"] and list(plain["played"]) == ["bc"]
@@ -93,18 +93,18 @@ def test_members_go_to_their_rows_and_limits(monkeypatch):
 
     monkeypatch.setattr(saferl.evaluation, "rollout", rollout)
     monkeypatch.setattr(saferl.safety, "Shield", shield)
-    # Two seeds. BC-Safe: an agent per share and limit; the others: limit by limit in one.
+    # Two seeds. BC-Safe: share by share, then as the others limit by limit.
     key = {"members": 2, "training": "bc_safe", "settings": {}}
-    of = first(limits.play(key, [Fake(2 * i, 2 * i + 1) for i in range(6)], "env", 3))
-    assert [v["best_fraction"] for v in limits.variants("bc_safe")] == [1.0] * 3 + [0.1] * 3
+    of = first(limits.play(key, Fake(*range(12)), "env", 3))
+    assert list(limits.MEMBERS["bc_safe"]) == ["best_fraction", "cost_limit"]
     assert of["bc_safe"] == {"20": [0, 1], "40": [2, 3], "80": [4, 5]}
     assert of["bc_safe_best"] == {"20": [6, 7], "40": [8, 9], "80": [10, 11]}
     assert of["bc_safe_best_shield"] == of["bc_safe_best"]
     assert guards[:3] == [(6, 0, 20.0, 10.0), (7, 1, 20.0, 10.0), (8, 2, 40.0, 20.0)]
     key = {"members": 2, "training": "cpq", "settings": limits.FOR_EACH_LIMIT}
-    of = first(limits.play(key, [Fake(*range(6))], "env", 3))
+    of = first(limits.play(key, Fake(*range(6)), "env", 3))
     assert of == {"cpq": {"20": [0, 1], "40": [2, 3], "80": [4, 5]}}
-    assert first(limits.play(key | {"settings": {}}, [Fake(7, 8)], "env", 3)) == {
+    assert first(limits.play(key | {"settings": {}}, Fake(7, 8), "env", 3)) == {
         "cpq": {"any": [7, 8]}
     }
 

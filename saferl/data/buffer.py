@@ -48,7 +48,8 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """Transitions on the device; uniform sampling with replacement, one stream per member.
 
-    All members share the rows; `OnlineBuffer` has rows of each member's own.
+    All members share the rows, and draw from all of them unless `restrict` says from which;
+    `OnlineBuffer` has rows of each member's own.
 
     Args:
         spec: maps raw arrays to the agent's units as they enter.
@@ -82,6 +83,7 @@ class ReplayBuffer:
         self.members = len(seeds)
         self.random = MemberRandom(seeds, device, stream=self.streams)
         self.size = self.cursor = 0
+        self._tables: list[Tensor] | None = None
         actions = 1 if spec.discrete else spec.action_dim
         numbers = 0 if spec.image else spec.observation_dim  # pixels lie in a place of their own
         widths = [numbers, actions, 1, int(costs), 1, numbers, returns]
@@ -195,14 +197,30 @@ class ReplayBuffer:
         self.cursor = (self.cursor + n) % self.capacity
         self.size = min(self.size + n, self.capacity)
 
+    def restrict(self, rows: Sequence[np.ndarray] | None) -> None:
+        """Let member i draw from ``rows[i]`` alone, numbers of rows; None: from all.
+
+        Members that are given one and the same array share its memory.
+        """
+        if rows is None:
+            self._tables = None
+            return
+        distinct = {id(own): torch.as_tensor(own, device=self.device) for own in rows}
+        self._tables = [distinct[id(own)] for own in rows]
+
     def sample(self, batch_size: int) -> Batch:
         """A batch ``[M, batch_size]`` drawn uniformly with replacement."""
+        if self._tables is not None:
+            return self.sample_of(range(self.members), batch_size)
         return self.gather(self.random.integers(self.size, batch_size))
 
     def sample_of(self, members: Sequence[int], rows: int) -> Batch:
         """A batch ``[len(members), rows]`` of some members, whose streams alone move."""
-        sizes = [self.size] * len(members)
-        return self.gather(self.random.pick(members, sizes, rows))
+        if self._tables is None:
+            return self.gather(self.random.pick(members, [self.size] * len(members), rows))
+        tables = [self._tables[member] for member in members]
+        index = self.random.pick(members, [len(table) for table in tables], rows)
+        return self.gather(torch.stack([t[own] for t, own in zip(tables, index)]))
 
     def gather(self, index: Tensor) -> Batch:
         """The rows at ``index`` ``[M, B]``."""

@@ -384,9 +384,10 @@ class Dataset:
             return self._take(index, cut, f"{len(index)} of {len(self)} rows")
         chosen = _index("episodes", episodes, len(self.episodes))
         total = len(self.episodes)
-        return self._take(self._rows_of(chosen), None, f"{len(chosen)} of {total} episodes")
+        return self._take(self.rows_of(chosen), None, f"{len(chosen)} of {total} episodes")
 
-    def _rows_of(self, episodes: np.ndarray) -> np.ndarray:
+    def rows_of(self, episodes: np.ndarray) -> np.ndarray:
+        """Numbers of the rows of complete episodes, which are given by number."""
         spans = self.episodes[episodes]
         lengths = spans[:, 1] - spans[:, 0]
         offset = np.repeat(spans[:, 0] - np.concatenate([[0], lengths.cumsum()[:-1]]), lengths)
@@ -443,7 +444,7 @@ class Dataset:
             while total <= enough:
                 drawn.append(int(random.integers(len(lengths))))
                 total += int(lengths[drawn[-1]])
-            rows.append(source._rows_of(np.array(drawn, dtype=np.int64)))
+            rows.append(source.rows_of(np.array(drawn, dtype=np.int64)))
         arrays = {}
         for name, array in good._arrays().items():
             arrays[name] = np.empty((total, *array.shape[1:]), array.dtype)

@@ -169,6 +169,8 @@ class KNNModel(_Replay):
         k: neighbours.
         bandwidth: h, in the feature map's units; None takes the median distance of a logged pair to
             the nearest other one.
+        rows: logged rows that are kept, evenly spaced; None: all. A search takes as long as they
+            are many, and rows that follow each other closely resemble each other.
     """
 
     def __init__(
@@ -180,15 +182,20 @@ class KNNModel(_Replay):
         features: FeatureMap | None = None,
         k: int = 1,
         bandwidth: float | None = None,
+        rows: int | None = None,
     ):
         super().__init__(init, spec, costs, outcomes, features)
         if k < 1 or (bandwidth is not None and not bandwidth > 0):
             raise SaferlError(f"k must be 1 or more, bandwidth above 0: got {k} and {bandwidth}")
-        self.k, self._given = int(k), bandwidth
+        if rows is not None and rows < 1:
+            raise SaferlError(f"rows must be 1 or more, or None for all: got {rows}")
+        self.k, self._given, self.most = int(k), bandwidth, rows
         self.register_buffer("bandwidth", torch.tensor(float("nan")))
         self._search: Search | None = None
 
     def _fit(self, data: dict[str, Tensor], random: MemberRandom, say: Callable) -> None:
+        step = -(-len(data["rewards"]) // (self.most or len(data["rewards"])))
+        data = {name: column[::step] for name, column in data.items()}
         actions = data["actions"].reshape(len(data["rewards"]), -1).float()
         self._arrange(data, _keys(torch.cat((data["observations"], actions), 1)))
         self._search = None

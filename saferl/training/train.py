@@ -308,6 +308,7 @@ def _execute(
             buffer = ReplayBuffer.from_dataset(
                 rows, spec, seeds, device, memory_map, file_said, returns
             )
+            buffer.restrict(agent.rows(rows))
         if slots is None:
             engine = Engine(agent, buffer, engine_kind)
         else:

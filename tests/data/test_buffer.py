@@ -61,6 +61,28 @@ def test_sampling_is_uniform_with_replacement():
     assert ((counts - draws / n) ** 2 / (draws / n)).sum() < 95
 
 
+def test_members_draw_from_rows_of_their_own(point):
+    """As from a buffer that holds nothing else, to the bit and by the same stream."""
+    some = np.arange(3, 40), np.arange(0, 60, 7)
+    both = ReplayBuffer.from_dataset(point, SPEC, seeds=[3, 4])
+    both.restrict(some)
+    alone = [ReplayBuffer.from_dataset(point.subset(rows), SPEC, seeds=[3 + i])
+             for i, rows in enumerate(some)]  # fmt: skip
+    for _ in range(3):
+        drawn, own = both.sample(16), [buffer.sample(16) for buffer in alone]
+        assert all(torch.equal(drawn.rewards[i], own[i].rewards[0]) for i in (0, 1))
+    assert torch.equal(both.sample_of([1], 16).rewards[0], alone[1].sample(16).rewards[0])
+    both.restrict(None)
+    assert torch.equal(both.sample_of([0], 16).rewards, free(point, alone[0]).rewards)
+
+
+def free(dataset, other: ReplayBuffer):
+    """What a member draws next from all rows, whose stream is where the other's is."""
+    buffer = ReplayBuffer.from_dataset(dataset, SPEC, seeds=[0])
+    buffer.random.load_state_dict(other.random.state_dict())
+    return buffer.sample(16)
+
+
 def test_state_restores_the_sequence_of_batches(point):
     buffer = ReplayBuffer.from_dataset(point, SPEC, seeds=[0, 1])
     buffer.sample(8)

@@ -182,6 +182,13 @@ def test_one_neighbour_is_a_look_up():
     assert step.terminals.tolist() == [[0, 1, 1], [1, 1, 0]]
 
 
+def test_rows_that_are_kept_are_evenly_spaced():
+    model = make_model("knn", seeds(), CONTINUOUS, rows=2).fit(line(), seeds())
+    assert sorted(model.rewards.tolist()) == [10, 30]  # the first and the last of three
+    with pytest.raises(SaferlError, match="rows must be 1 or more"):
+        make_model("knn", seeds(), CONTINUOUS, rows=0)
+
+
 def test_neighbours_are_drawn_by_kernel_weight():
     features = FeatureMap()
     model = make_model("knn", seeds(), CONTINUOUS, k=2, bandwidth=1.0, features=features)
