@@ -45,8 +45,9 @@ from saferl.rng import MemberRandom
 from saferl.safety.guardians import Guardian
 from saferl.safety.guardians.fitting import fit_guardian, guardian_for, split
 
+from .answers import Answers
 from .base import Agent, AgentConfig, Metrics
-from .rollouts import Answers, options
+from .rollouts import options
 
 
 @dataclass(frozen=True)

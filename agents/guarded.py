@@ -14,30 +14,23 @@ from saferl.errors import SaferlError, unknown
 from saferl.nn import VEnsemble
 from saferl.rng import MemberRandom
 from saferl.safety.guardians import FeatureMap, Guardian
-from saferl.safety.guardians.fitting import fit_guardian, guardian_for, split
+from saferl.safety.guardians.fitting import fit_guardian, flat, guardian_for, split
 from saferl.safety.limits import check_limit, convert
 from saferl.safety.models import Model, make_model
 from saferl.safety.multipliers import Multipliers
 
 from .base import Agent
+from .budgets import Limits, ood_budget, share_leaving
 from .costs import CostConfig, CostLimited
-from .rollouts import (
-    MaskedActor,
-    World,
-    ood_budget,
-    options,
-    resample,
-    simulate,
-)
+from .rollouts import MaskedActor, World, options, resample, simulate
 
 OPTIMISERS = ("cpo", "trpo", "ppo_lag")
 OOD_MODES = ("constraint_absorb", "constraint", "penalty", "mask")
 CLONE_BATCH = 256
+COMPARED = 5000
+"""Logged steps of which a guardian is asked how often they leave the data, or a few more."""
 SPARED_BATCH, SPARED_UPDATES = 512, 400
 """Of the regression of `Spared`."""
-MARGIN_QUANTILE = 0.9
-MARGIN_RATE = 0.2
-"""Least weight of the latest value in the running mean of a resampled model's excess cost."""
 
 
 @dataclass(frozen=True)
@@ -79,61 +72,6 @@ class OGSRLConfig(CostConfig):
     clip: float = 0.2  # ppo_lag
     clone_updates: int = 0  # behaviour cloning before the first update
     log_std: float = -0.5  # first log σ of a continuous policy
-
-
-class Limits(nn.Module):
-    """Budgets of C constraints in the units of their estimates, and the margin ε̄ of the cost."""
-
-    def __init__(self, members: int, names: tuple[str, ...], models: int):
-        super().__init__()
-        self.names = names
-        self.register_buffer("budget", torch.zeros(members, len(names)))
-        self.register_buffer("unit", torch.ones(members))  # of a user's unit of cost
-        self.register_buffer("spent", torch.zeros(members, len(names)))  # running means of J
-        self.register_buffer("updates", torch.zeros(members, 1))
-        self.register_buffer("owed", torch.zeros(members, len(names)))
-        self.register_buffer("gaps", torch.zeros(members, models))  # excess in resampled models
-        self.register_buffer("seen", torch.zeros(members, models))
-
-    def excess(self, totals: Tensor, smoothing: float) -> Tensor:
-        """c ``[M, C]`` of estimates J ``[M, C]``: running mean less budget, and what is owed."""
-        self.updates += 1
-        self.spent += (1 / self.updates).clamp_min(smoothing) * (totals - self.spent)
-        return self.spent - self.tightened() + self.owed
-
-    def owe(self, integral: float, acted: Tensor) -> None:
-        """Take the excess into what is owed; above 0, only of limits ``acted`` on, ``[M, C]`` bool.
-
-        A gradient from few episodes promises more than it keeps, so that steps that cure the
-        excess on paper can leave it standing; what is owed grows until they do not. Where a step
-        could do no more, owing more would do nothing but delay what follows.
-        """
-        if not integral:
-            return
-        budget = self.tightened()
-        over = self.spent - budget
-        self.owed += integral * torch.where(acted, over, over.clamp_max(0))
-        self.owed.clamp_(min=0)
-        self.owed.copy_(torch.minimum(self.owed, budget))
-
-    def observe(self, model: int, gap: Tensor) -> None:
-        """Take the excess cost ``[M]`` in one of the resampled models into its running mean."""
-        self.seen[:, model] += 1
-        rate = (1 / self.seen[:, model]).clamp_min(MARGIN_RATE)
-        self.gaps[:, model] += rate * (gap - self.gaps[:, model])
-
-    def margin(self) -> Tensor:
-        """ε̄ ``[M]``, 0 or more."""
-        if not self.gaps.shape[1]:
-            return torch.zeros_like(self.unit)
-        return torch.quantile(self.gaps, MARGIN_QUANTILE, dim=1).clamp_min(0)
-
-    def tightened(self) -> Tensor:
-        """Budgets ``[M, C]``, that of the cost less ε̄."""
-        margin = [
-            self.margin() if name == "cost" else torch.zeros_like(self.unit) for name in self.names
-        ]
-        return (self.budget - torch.stack(margin, 1)).clamp_min(0) if margin else self.budget
 
 
 class Spared(nn.Module):
@@ -288,6 +226,8 @@ class Guarded(CostLimited, Agent):
         train, held = split(dataset, c.calibration)
         if self.guardian is not None:
             fit_guardian(self.guardian, train, held, c.alpha, say)
+            if "ood" in self.limits.names:
+                self._compare(held, say)
         random = MemberRandom(self.seeds, self.device, stream=3)
         for number, model in enumerate(self.models):
             part = train if number == 0 else resample(held, number)
@@ -303,6 +243,19 @@ class Guarded(CostLimited, Agent):
             self._spare(train, observations)
         if c.clone_updates:
             self._clone(train, observations, say)
+
+    def _compare(self, held: Any, say: Callable[[str], None]) -> None:
+        """Warn where the logged episodes kept aside leave the data more often than β allows."""
+        c, step = self.config, max(1, len(held) // COMPARED)
+        some = held.subset(episodes=np.arange(0, len(held.episodes), step))
+        outside = self.guardian.is_ood(flat(some.observations), some.actions)
+        share = share_leaving(np.asarray(outside), some.episodes, c.horizon, c.starts)
+        if share > c.ood_probability:
+            say(
+                f"warning: {share:.0%} of logged stretches of {c.horizon} steps hold an unsupported"
+                f" step, more than ood_probability = {c.ood_probability:g}, so that a policy which "
+                "acts like the data does not keep it: raise it, or lower alpha"
+            )
 
     def _spare(self, train: Any, observations: Tensor) -> None:
         """Regress the costs to go of logged steps; nothing follows the end of an episode."""

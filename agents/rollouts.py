@@ -1,6 +1,5 @@
 """Episodes of a policy in a learned model, under a guardian, and what is estimated from them.
 
-Answers    a guardian and a table of its answers, by the hash of a state
 World      the guardian, the states that episodes start from, and tables where states are few
 simulate   N episodes of H steps in a model
 Rows       what networks are asked about the places of episodes
@@ -28,8 +27,8 @@ from saferl.safety.models import Model, Step
 from saferl.spec import Spec
 from saferl.training.configs import parse_settings
 
-MAX_TABLE = 200_000
-"""Pairs of state and action whose guardian's answers are looked up once, before training."""
+from .answers import MAX_TABLE
+
 MAX_STARTS = 50_000
 """Logged states kept to start from."""
 REFUSED = -1e9
@@ -47,60 +46,6 @@ def resample(dataset: Dataset, seed: int) -> Dataset:
     """As many episodes, drawn with replacement."""
     count = len(dataset.episodes)
     return dataset.subset(episodes=np.random.default_rng(seed).integers(count, size=count))
-
-
-class Answers(DataBuffers):
-    """A guardian, and a table of what it says of every action in the states of a dataset.
-
-    Where there are too many pairs for a table (`MAX_TABLE`) it is asked each time. A state is found
-    by the hash of its row, and one that is not in the table is out of the data. All that is learnt
-    is in buffers.
-    """
-
-    def __init__(self, guardian: Guardian | None):
-        super().__init__()
-        self.guardian = guardian
-        self.declare("keys", "multipliers", "outside")
-
-    @torch.no_grad()
-    def fill(
-        self, dataset: Dataset, actions: int, seen: Callable[[np.ndarray], np.ndarray] = flat
-    ) -> Tensor | None:
-        """Make the table for ``actions``, their number, where the pairs are few enough.
-
-        Args:
-            seen: observations to the rows ``[N, O]`` that states will be asked for by.
-
-        Returns:
-            The raw states ``[U, O]`` of the table, None where there is none.
-        """
-        both = [flat(part) for part in (dataset.observations, dataset.next_observations)]
-        rows = torch.from_numpy(np.concatenate([seen(part) for part in both])).to(self.device)
-        keys, first, _, multipliers = distinct_rows(rows)
-        if len(keys) * actions > MAX_TABLE:
-            return None
-        states = torch.from_numpy(np.concatenate(both)).to(self.device)[first]
-        self.keys, self.multipliers = keys, multipliers
-        self.outside = self.guardian.is_ood(states[:, None], torch.arange(actions).to(keys.device))
-        return states
-
-    def _row(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of the table, and whether they are those of the states."""
-        keys = row_keys(observations, self.multipliers)
-        found = torch.searchsorted(self.keys, keys).clamp_max(len(self.keys) - 1)
-        return found, self.keys[found] == keys
-
-    def ood(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """``[M, B]`` 0/1 of observations ``[M, B, O]`` and actions; 0 without a guardian.
-
-        Observations are raw, or with a table what ``seen`` made of them.
-        """
-        if self.guardian is None:
-            return observations.new_zeros(observations.shape[:2])
-        if self.outside is None:
-            return self.guardian.is_ood(observations, actions).to(observations.dtype)
-        row, known = self._row(observations)
-        return (self.outside[row, actions] | ~known).to(observations.dtype)
 
 
 class World(DataBuffers):
@@ -352,12 +297,3 @@ def discounting(discount: Tensor | float, horizon: int, like: Tensor) -> Tensor:
     base = torch.as_tensor(discount, dtype=like.dtype, device=like.device)
     base = base.reshape(1, 1, 1) if base.dim() == 0 else base
     return base.unsqueeze(2) ** powers[:, None]
-
-
-def ood_budget(probability: float, discount: Any, horizon: int) -> Any:
-    """β γ^H, to which the discounted number of unsupported steps V is to be held.
-
-    Of the first H steps none is discounted by more than γ^H, so by the union bound
-    Pr(an unsupported step before H) ≤ Σ_{h<H} E o_h ≤ γ^{-H} V ≤ β.
-    """
-    return probability * discount**horizon

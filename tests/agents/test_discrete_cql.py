@@ -156,7 +156,7 @@ def batch_of(agent: DiscreteCQL, dataset: Dataset, rows: int = 64):
 
 @pytest.mark.parametrize("most", [10**6, 0])
 def test_the_guardian_answers_for_raw_states_whether_from_a_table_or_not(monkeypatch, most):
-    monkeypatch.setattr("saferl.agents.rollouts.MAX_TABLE", most)
+    monkeypatch.setattr("saferl.agents.answers.MAX_TABLE", most)
     dataset = logged(True)
     agent = fitted(dataset, guardian="knn", alpha=0.3)
     assert agent.spec.observation_mean  # the buffer's rows are not the raw ones

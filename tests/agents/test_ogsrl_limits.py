@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from saferl.agents.guarded import MARGIN_RATE, Limits
+from saferl.agents.budgets import MARGIN_RATE, Limits, ood_budget, share_leaving
 from saferl.agents.ogsrl import DiscreteOGSRL
-from saferl.agents.rollouts import advantages, ood_budget
+from saferl.agents.rollouts import advantages
 from saferl.data import Dataset
 from saferl.errors import SaferlError
 from saferl.safety.guardians.fitting import split
@@ -194,6 +194,26 @@ def exits(hazard: np.ndarray, gamma: float, absorb: bool) -> tuple[float, float]
     alive = np.concatenate([[1.0], np.cumprod(1 - hazard)[:-1]])
     weight = hazard * (alive if absorb else 1.0)
     return float((gamma ** np.arange(len(hazard)) * weight).sum()), 1 - float(np.prod(1 - hazard))
+
+
+def test_how_often_logged_episodes_leave_the_data():
+    episodes, outside = np.array([[0, 4], [4, 6]]), np.zeros(7, bool)
+    outside[[2, 5, 6]] = True  # the last is of a fragment
+    assert share_leaving(outside, episodes, 2, "initial") == 1 / 2  # (0 1) (4 5)
+    assert share_leaving(outside, episodes, 3, "initial") == 1
+    assert share_leaving(outside, episodes, 2, "any") == 4 / 6  # all but (0 1) and (3)
+
+
+def test_a_probability_that_the_data_do_not_keep_is_warned_of():
+    def lines(**settings) -> list[str]:
+        said = []
+        make(True, **settings).fit(logged(True), said.append)
+        return [line for line in said if line.startswith("warning")]
+
+    (line,) = lines(alpha=0.6, ood_probability=0.01)
+    assert "of logged stretches of" in line and "more than ood_probability = 0.01" in line
+    assert lines(alpha=0.6, ood_probability=0.999) == []
+    assert lines(alpha=0.6, ood_mode="penalty", optimiser="trpo") == []
 
 
 @pytest.mark.parametrize("absorb", [True, False])
