@@ -10,6 +10,7 @@ import argparse
 import sys
 import textwrap
 from pathlib import Path
+from typing import NoReturn
 
 from saferl import __version__
 from saferl.errors import SaferlError
@@ -32,12 +33,12 @@ SPELLED = {"agent": "AGENT", "start_from": "--from"}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    if options.command is None:
-        _parser().print_help()
-        return 0
     try:
-        options.run(options)
+        options = _parser().parse_args(arguments)
+        if options.command is None:
+            _parser().print_help()
+        else:
+            options.run(options)
     except SaferlError as error:
         print(f"saferl: {error}", file=sys.stderr)
         return 2
@@ -56,8 +57,14 @@ class _Help(argparse.HelpFormatter):
         return (action.help or "") + ("" if plain else " (default: %(default)s)")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line: the usage of a command with many options would bury it."""
+        raise SaferlError(f"{message}: see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="saferl", description="Offline reinforcement learning with safety constraints."
     )
     parser.add_argument("--version", action="version", version=f"saferl {__version__}")

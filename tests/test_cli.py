@@ -146,6 +146,8 @@ MISTAKES = {
                        "number of 0 or more per episode, got -1"),
     "nan limit": (["train", "bc", "--dataset", "point.npz", "--cost-limit", "nan"],
                   "number of 0 or more per episode, got nan"),
+    "no limit": (["train", "--cost-limit", "ten"], "invalid float value: 'ten': see saferl train"),
+    "no option": (["evaluate", "runs/x", "--limit", "3"], "unrecognized arguments: --limit"),
     "nan limit to learn under": (
         ["train", "cpq", "--dataset", "point.npz", "--set", "cost_limit=5,nan"],
         "number of 0 or more per episode (or inf for no limit), got nan",
