@@ -96,7 +96,7 @@ class Program:
     """
 
     def __init__(self, calls: Sequence[Call], given: Sequence[Tensor], metrics: dict[str, Tensor]):
-        self.given = [id(tensor) for tensor in given]
+        self.given = {id(tensor): (tensor.shape, tensor.stride()) for tensor in given}
         self.metrics = {name: id(tensor) for name, tensor in metrics.items()}
         # What an update takes, neither made in it nor given, outlives it.
         self.kept: dict[int, Tensor] = {}
@@ -115,7 +115,9 @@ class Program:
 
     @torch.no_grad()
     def __call__(self, given: Sequence[Tensor]) -> dict[str, Tensor]:
-        values = self.kept | dict(zip(self.given, given, strict=True))
+        values = dict(self.kept)
+        for (key, layout), tensor in zip(self.given.items(), given, strict=True):
+            values[key] = _laid_out(tensor, *layout)
         for step in self.steps:
             step(values)
         return {name: values[key] for name, key in self.metrics.items()}
@@ -186,12 +188,20 @@ def _compiled(calls: Sequence[Call], needed: set[int]) -> Callable[[dict[int, Te
 
     def step(values: dict[int, Tensor]) -> None:
         found = function(*[values[key] for key in keys])
-        for (key, (shape, stride)), value in zip(outputs.items(), found, strict=True):
-            if value.stride() != stride:  # a part of a tensor comes back packed; the next step was
-                value = value.new_empty_strided(shape, stride).copy_(value)  # compiled for the part
-            values[key] = value
+        for (key, layout), value in zip(outputs.items(), found, strict=True):
+            values[key] = _laid_out(value, *layout)
 
     return step
+
+
+def _laid_out(value: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """``value`` as what takes it was compiled for; of a part of a tensor may come a packed one.
+
+    Outputs come so, and batches of rows from one source or from two.
+    """
+    if value.stride() == stride:
+        return value
+    return value.new_empty_strided(shape, stride).copy_(value)
 
 
 @torch.no_grad()

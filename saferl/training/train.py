@@ -312,7 +312,10 @@ def _execute(
         if slots is None:
             engine = Engine(agent, buffer, engine_kind)
         else:
-            engine = HybridEngine(agent, slots, plan["steps"], buffer, plan["members"], guard, say)
+            kind = "eager" if engine_kind == "auto" else engine_kind
+            engine = HybridEngine(
+                agent, slots, plan["steps"], buffer, plan["members"], guard, say, kind
+            )
         if not resumed:
             if start is not None:
                 agent.warm_start(part(start[0], "agent."))
@@ -400,10 +403,10 @@ def _sizes_of(run: str | Path, cls: type) -> dict[str, Any]:
 def _check_machine(acts: bool, engine: str, precision: str, device: torch.device) -> None:
     """Say before any data are read what the device cannot do."""
     pick_engine(engine, device)
-    if acts and engine not in ("auto", "eager"):
+    if acts and engine == "cuda_graph":
         raise SaferlError(
-            f"engine {engine} is for agents that learn from a dataset alone: this one steps "
-            "environments between its updates, use eager"
+            "engine cuda_graph is for agents that learn from a dataset alone: this one steps "
+            "environments between its updates, use eager or compile"
         )
     check_precision(precision, device)
 

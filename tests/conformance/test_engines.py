@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saferl.evaluation.rollout import Slots
+from saferl.registry import agent_class
 from saferl.training import compiled
 from saferl.training.engine import Engine
+from saferl.training.hybrid import HybridEngine
 
-from .test_agents import Setup, cls
+from .test_agents import AGENTS, Room, Setup, cls
 
 __all__ = ["cls"]
 
@@ -36,6 +39,40 @@ def test_recorded_operations_are_the_update_to_the_bit(cls, monkeypatch):
     expected = eager.agent.state_dict() | engines[0].state_dict()
     for key, tensor in (recorded.agent.state_dict() | engines[1].state_dict()).items():
         assert torch.equal(tensor, expected[key]), key
+
+
+def acting(cls, kind: str, steps: int) -> dict:
+    """State after ``steps`` environment steps, batches being of one source or of both."""
+    setup = Setup(cls)
+    engine = HybridEngine(setup.agent, Slots(Room, 3, None), steps, setup.buffer, kind=kind)
+    engine.run(steps // 3)
+    engine.load_state_dict(engine.state_dict())
+    engine.run(steps - steps // 3)
+    state = setup.agent.state_dict() | engine.state_dict()
+    engine.close()
+    return state
+
+
+@pytest.fixture(params=[name for name in AGENTS if agent_class(name).acts])
+def acts(request):
+    return agent_class(request.param)
+
+
+def test_recorded_operations_are_the_update_while_acting(acts, monkeypatch):
+    """To rounding: what is recorded on rows in one layout may be run on rows in another."""
+    monkeypatch.setattr(compiled, "inductor", lambda module, inputs: module)
+    expected = acting(acts, "eager", 30)
+    assert expected["buffer.online.added"].tolist() == [30, 30, 30]
+    for key, tensor in acting(acts, "compile", 30).items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiled_is_eager_to_rounding_while_acting(acts):
+    expected = acting(acts, "eager", UPDATES)
+    for key, tensor in acting(acts, "compile", UPDATES).items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
 @pytest.mark.slow

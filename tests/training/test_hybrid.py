@@ -501,7 +501,6 @@ BAD = [
     ({"data": "wide"}, r"takes actions in \[-2, 2\], but those of the data lie in \[-5, 5\]"),
     ({"env": Silent, "settings": {"exploration_budget": 5.0}}, "Silent reports no cost"),
     ({"env": Silent, "settings": {"cost_limit": 5.0}}, "Silent reports no cost"),
-    ({"engine": "compile"}, "this one steps environments between its updates"),
     ({"start_from": "nowhere"}, "nowhere"),
 ]
 
@@ -517,6 +516,33 @@ def test_bad_input_is_one_line(tmp_path, options, message):
         quick(tmp_path / "run", data, **options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_graph_cannot_hold_an_environments_steps():
+    from saferl.training.train import _check_machine
+
+    _check_machine(True, "auto", "fp32", torch.device("cuda"))
+    with pytest.raises(SaferlError, match="between its updates, use eager or compile"):
+        _check_machine(True, "cuda_graph", "fp32", torch.device("cuda"))
+
+
+def test_a_run_that_compiles_resumes(point, tmp_path, monkeypatch):
+    """Without the compiler. Blocks come from one source or from the other."""
+    from saferl.training import compiled
+
+    monkeypatch.setattr(compiled, "inductor", lambda module, inputs: module)
+    options = {"engine": "compile", "settings": SETTINGS["block"][0]}
+    whole = quick(tmp_path / "whole", point, "moorl", **options)
+    undo = interrupt_at(monkeypatch, 35)
+    with pytest.raises(KeyboardInterrupt):
+        quick(tmp_path / "broken", point, "moorl", **options)
+    undo()
+    saferl.resume(tmp_path / "broken", dataset=point, device="cpu", engine="compile",
+                  progress=False)  # fmt: skip
+    (left, _), (right, _) = (RunFolder(tmp_path / name).load() for name in ("whole", "broken"))
+    for key, tensor in left.items():
+        torch.testing.assert_close(right[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
+    assert whole.agent.updates == 33
 
 
 def test_a_dataset_of_narrower_actions_is_a_warning(tmp_path, capsys):
