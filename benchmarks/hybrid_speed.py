@@ -26,16 +26,20 @@ ENV = "Pendulum-v1"
 SPEC = Spec(3, 1, action_low=(-2.0,), action_high=(2.0,), horizon=200)
 
 
-def speed(rounds: int, hidden: list[int], members: int) -> dict[str, Any]:
-    """Processor time of an update in each loop, and of MOORL's iteration with its meta step."""
-    torch.set_num_threads(1)
+def noise() -> Dataset:
+    """Rows in the shape of Pendulum's."""
     rng = np.random.default_rng(0)
     rows, ends = 20_000, np.arange(20_000) % 200 == 199
-    data = Dataset.from_arrays(
+    return Dataset.from_arrays(
         rng.normal(size=(rows, 3)), rng.uniform(-2, 2, (rows, 1)), rng.normal(size=rows),
         np.zeros(rows), ends, rng.normal(size=(rows, 3)), action_low=(-2.0,), action_high=(2.0,),
     )  # fmt: skip
-    seeds = range(members)
+
+
+def speed(rounds: int, hidden: list[int], members: int) -> dict[str, Any]:
+    """Processor time of an update in each loop, and of MOORL's iteration with its meta step."""
+    torch.set_num_threads(1)
+    data, seeds = noise(), range(members)
     config = SAC.make_config({"hidden": hidden, "random_steps": 0, "start_steps": 0})
     buffer = ReplayBuffer.from_dataset(data, SPEC, seeds)
     pure = Engine(SAC(SPEC, config, members), buffer)
