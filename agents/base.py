@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,20 +25,9 @@ from saferl.rng import MemberRandom
 from saferl.safety.limits import no_costs
 from saferl.spec import Spec
 
+from .config import AgentConfig, convert, per_member
+
 Metrics = dict[str, Tensor]  # name → [M], on the device
-
-
-@dataclass(frozen=True)
-class AgentConfig:
-    """Hyper-parameters that every agent has. Unknown keys and wrong types are errors."""
-
-    batch_size: int = 256  # transitions per member and update
-    discount: float = 0.99  # γ, per environment step
-    hidden: tuple[int, ...] = (256, 256)  # units of each hidden layer
-    normalize_observations: bool = False  # (s - mean) / (std + 1e-3) over the dataset
-    normalize_rewards: bool = False  # × 1000 / (largest - smallest episode return)
-    reward_scale: float = 1.0  # training reward = scale × raw + shift; scores use raw rewards
-    reward_shift: float = 0.0  # changes what is optimal where episodes can terminate
 
 
 class Agent:
@@ -132,7 +120,7 @@ class Agent:
         for key in values:
             if key not in fields:
                 raise unknown("config key", key, fields)
-        return cls.Config(**{k: _convert(k, v, fields[k].default) for k, v in values.items()})
+        return cls.Config(**{k: convert(k, v, fields[k].default) for k, v in values.items()})
 
     # What a method provides.
 
@@ -343,44 +331,3 @@ class Agent:
             elif isinstance(value, nn.Parameter):
                 with torch.no_grad():
                     value.copy_(state[name])
-
-
-def per_member(config: AgentConfig, name: str, members: int = 1) -> list[float]:
-    """The values of a hyper-parameter, that of every member where it does not vary."""
-    value = getattr(config, name)
-    return list(value) if isinstance(value, tuple) else [value] * members
-
-
-def _convert(key: str, value: Any, default: Any) -> Any:
-    """``value`` in the type of the field's default; a list where a number belongs is per member."""
-    try:
-        if isinstance(default, tuple):  # layer sizes
-            return tuple(int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
-        if isinstance(value, (list, tuple)):
-            if isinstance(default, bool) or not isinstance(default, (int, float)):
-                raise TypeError
-            return tuple(float(v) for v in value)
-        if isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise TypeError
-            return value
-        if isinstance(default, int):
-            if isinstance(value, bool) or int(value) != float(value):
-                raise TypeError
-            return int(value)
-        if isinstance(default, float):
-            if isinstance(value, bool):
-                raise TypeError
-            return float(value)
-        if isinstance(default, str):
-            return str(value)
-        return value
-    except (TypeError, ValueError):
-        raise SaferlError(
-            f"{key} = {value!r} is not {_article(default)}: its default is {default!r}"
-        ) from None
-
-
-def _article(default: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-    return names.get(type(default), "a list of whole numbers")

@@ -133,6 +133,16 @@ def command() -> str:
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 
+def header(*packages: str) -> dict[str, Any]:
+    """What results begin with: command, date, machine, and versions of what made them."""
+    return {
+        "command": command(),
+        "date": now(),
+        "machine": machine(),
+        "versions": versions(["saferl", "torch", "numpy", *packages]),
+    }
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write beside ``path`` and rename, so that an interruption leaves the earlier file."""
     path.parent.mkdir(parents=True, exist_ok=True)

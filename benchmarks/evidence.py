@@ -297,9 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     if not options.report:
         book.content |= {
-            "command": common.command(),
-            "machine": common.machine(),
-            "versions": common.versions(["saferl", "torch", "numpy", "mujoco", "gymnasium"]),
+            **common.header("mujoco", "gymnasium"),
             "note": NOT_D4RL,
         }
         print(f"{len(keys)} trainings, {options.jobs} at a time", file=sys.stderr, flush=True)

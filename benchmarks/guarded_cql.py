@@ -119,10 +119,7 @@ def main() -> None:
         print(f"  {time.process_time() - began:.0f} s of processor time", flush=True)
     found = exact_evaluate(icu.mdp("mean"), icu.policy())
     result = {
-        "command": common.command(),
-        "date": common.now(),
-        "machine": common.machine(),
-        "versions": common.versions(["saferl", "icu-sepsis", "numpy", "torch"]),
+        **common.header("icu-sepsis"),
         "updates": options.updates,
         "seeds": options.seeds,
         "episodes": options.episodes,

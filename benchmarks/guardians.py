@@ -117,10 +117,7 @@ def main() -> None:
             best = max(cells[heading][-1].items(), key=lambda item: item[1]["auroc"])
             print(f"{heading}, seed {seed}: best {best[0]} {best[1]['auroc']:.3f}", flush=True)
     result = {
-        "command": common.command(),
-        "date": common.now(),
-        "machine": common.machine(),
-        "versions": common.versions(["saferl", "icu-sepsis", "numpy", "scipy", "torch"]),
+        **common.header("icu-sepsis", "scipy"),
         "seeds": list(range(options.seeds)),
         "episodes": options.episodes,
         "cells": cells,

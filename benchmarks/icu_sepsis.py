@@ -308,10 +308,7 @@ def main() -> None:
     cells = [c for c in cells
              if (c["strategy"], c["episodes"], c["doses"], c["seed"]) in plans]  # fmt: skip
     result = {
-        "command": common.command(),
-        "date": common.now(),
-        "machine": common.machine(),
-        "versions": common.versions(["saferl", "icu-sepsis", "numpy", "scipy", "torch"]),
+        **common.header("icu-sepsis", "scipy"),
         "seeds": list(range(options.seeds)),
         "episodes": options.episodes,
         "budget": BUDGET,

@@ -232,11 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     keys = [key_of(*task, options) for task in order(options.trainings, options.datasets)]
     failed = 0
     if not options.report:
-        book.content |= {
-            "command": common.command(),
-            "machine": common.machine(),
-            "versions": common.versions(["saferl", "torch", "numpy", "mujoco", "gymnasium"]),
-        }
+        book.content |= common.header("mujoco", "gymnasium")
         calls = [
             (key, options.episodes, options.device, [r["fingerprint"] for r in book.matching(key)])
             for key in keys

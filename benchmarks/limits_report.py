@@ -28,8 +28,9 @@ NAMES: dict[str, tuple[str, bool]] = {
     "coptidice": ("COptiDICE", True),
     "cpq": ("CPQ", True),
     "bcq_lag": ("BCQ-Lag", True),
+    "ogsrl": ("OGSRL", True),
 }
-MARKS = "osD^v<>Pphd*"
+MARKS = "osD^v<>Pphd*X"
 SHARE = 0.8  # of the seeds that must keep the limit
 
 
@@ -225,10 +226,13 @@ def scale(runs: Sequence[dict[str, Any]]) -> str:
             for k, v in run["config"].items()
             if k.endswith("hidden") and isinstance(v, list)
         )
+        config = run["config"]
+        each = f"{config['batch_size']} transitions"
+        if "episodes" in config:
+            each = f"{config['episodes']} episodes of {config['horizon']} steps in a model"
         lines.append(
-            f"- {training}: {len(run['names'])} members, {run['updates']} updates of "
-            f"{run['config']['batch_size']} transitions, {layers}; {min(seconds):.0f} to "
-            f"{max(seconds):.0f} s"
+            f"- {training}: {len(run['names'])} members, {run['updates']} updates of {each}, "
+            f"{layers}; {min(seconds):.0f} to {max(seconds):.0f} s"
         )
     return "\n".join(lines)
 

@@ -276,9 +276,7 @@ def main() -> None:
             raise SystemExit(f"{file} was made with other options: pass --fresh or another --out")
         cells = earlier["cells"]
     result = plan | {
-        "command": common.command(),
-        "machine": common.machine(),
-        "versions": common.versions(["saferl", "icu-sepsis", "numpy", "scipy", "torch"]),
+        **common.header("icu-sepsis", "scipy"),
         "settings": SETTINGS,
         "budget": BUDGET,
         "cells": cells,

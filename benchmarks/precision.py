@@ -100,10 +100,7 @@ def main() -> None:
     random, expert = facts["reference_returns"]
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     document = {
-        "command": common.command(),
-        "date": common.now(),
-        "machine": common.machine(),
-        "versions": common.versions(["saferl", "torch", "numpy", "mujoco", "gymnasium"]),
+        **common.header("mujoco", "gymnasium"),
         "settings": settings,
         "data": facts,
         "sides": {

@@ -6,6 +6,7 @@ observation), so a batch is one gather and the pieces are views of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,21 +90,7 @@ class ReplayBuffer:
         widths = [numbers, actions, 1, int(costs), 1, numbers, returns]
         self._splits = np.cumsum([0, *widths]).tolist()
         shape = (self._owners() * self.capacity, self._splits[-1])
-        need = shape[0] * shape[1] * 4
-        if memory_map is not None:
-            rows = np.memmap(memory_map, np.float32, "w+", shape=shape)
-            self.rows = torch.from_numpy(rows)
-            say(f"buffer: {human(need)} in {memory_map}")
-        else:
-            free = free_memory(self.device)
-            say(f"buffer: {human(need)} of {human(free)} free on {self.device}")
-            if need > free:
-                raise SaferlError(
-                    f"the replay buffer needs {human(need)} on {self.device} but {human(free)} "
-                    "is free: train on fewer rows (--dataset-option size=N or Dataset.subset) or "
-                    "pass --memory-map FILE"
-                )
-            self.rows = torch.zeros(shape, device=self.device)
+        self.rows = allocate(shape, torch.float32, self.device, memory_map, say)
 
     def _owners(self) -> int:
         """Sets of rows."""
@@ -354,6 +341,34 @@ def online_buffer_class(spec: Spec) -> type[OnlineBuffer]:
     from saferl.data.frame_buffer import OnlineFrameBuffer
 
     return OnlineFrameBuffer
+
+
+def allocate(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    file: str | Path | None,
+    say: Callable[[str], None],
+) -> Tensor:
+    """Zeros on the device, or in a file; the need is said before.
+
+    Raises:
+        SaferlError: more than the memory that is free.
+    """
+    need = math.prod(shape) * dtype.itemsize
+    if file is not None:
+        say(f"buffer: {human(need)} in {file}")
+        kind = torch.empty(0, dtype=dtype).numpy().dtype
+        return torch.from_numpy(np.memmap(file, kind, "w+", shape=shape))
+    free = free_memory(device)
+    say(f"buffer: {human(need)} of {human(free)} free on {device}")
+    if need > free:
+        raise SaferlError(
+            f"the replay buffer needs {human(need)} on {device} but {human(free)} is free: train "
+            "on fewer rows (--dataset-option size=N, Dataset.subset, --set online_capacity=N) or "
+            "pass --memory-map FILE"
+        )
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def free_memory(device: torch.device) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saferl.data.buffer import CHUNK, Batch, OnlineBuffer, ReplayBuffer, free_memory, human
+from saferl.data.buffer import CHUNK, Batch, OnlineBuffer, ReplayBuffer, allocate
 from saferl.data.frames import Frames
 from saferl.errors import SaferlError
 from saferl.rng import MemberRandom
@@ -25,25 +25,6 @@ from saferl.spec import Spec
 def frame_shape(spec: Spec) -> tuple[int, ...]:
     """Shape of one frame; the frames of a stack lie one after the other on the first axis."""
     return spec.image[0] // spec.frame_stack, *spec.image[1:]
-
-
-def _pixels(
-    shape: tuple[int, ...], device: torch.device, file: str | Path | None, say: Callable
-) -> Tensor:
-    """Memory for frames; raises `SaferlError` where it does not fit."""
-    need = int(np.prod(shape))
-    if file is not None:
-        say(f"buffer: {human(need)} in {file}")
-        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=shape))
-    free = free_memory(device)
-    say(f"buffer: {human(need)} of {human(free)} free on {device}")
-    if need > free:
-        raise SaferlError(
-            f"the replay buffer needs {human(need)} on {device} but {human(free)} is free: train "
-            "on fewer rows (--dataset-option size=N, --set online_capacity=N) or pass "
-            "--memory-map FILE"
-        )
-    return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
 class FrameBuffer(ReplayBuffer):
@@ -73,7 +54,7 @@ class FrameBuffer(ReplayBuffer):
         self.device = torch.device(device)
         self.random = MemberRandom(seeds, device, stream=self.streams)
         shape = (frames or self.capacity, *frame_shape(spec))
-        self.frames = _pixels(shape, self.device, memory_map, say)
+        self.frames = allocate(shape, torch.uint8, self.device, memory_map, say)
         self.at = torch.zeros(self.capacity, 2, dtype=torch.int64, device=home)  # s and s'
         self.start = torch.zeros(shape[0], dtype=torch.int64, device=home)
         self._back = torch.arange(spec.frame_stack - 1, -1, -1, device=home)
@@ -157,7 +138,7 @@ class OnlineFrameBuffer(OnlineBuffer):
     def __init__(self, spec: Spec, capacity: int, seeds: Sequence[int], *args: Any, **options: Any):
         super().__init__(spec, capacity, seeds, *args, **options)
         shape = (len(self.rows), spec.frame_stack + 1, *frame_shape(spec))
-        self.frames = _pixels(shape, self.device, None, lambda line: None)
+        self.frames = allocate(shape, torch.uint8, self.device, None, lambda line: None)
 
     def append(self, members: np.ndarray, ends: np.ndarray, *fields: Any) -> None:
         """As in `OnlineBuffer`; observations are flattened or images.
