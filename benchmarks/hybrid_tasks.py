@@ -42,8 +42,8 @@ ROBOT = {"steps": 8000, "utd": 1, "pretraining": 4000, "random_steps": 1000, "ev
 TASKS = {
     "cartpole": Task(
         "dmc/cartpole-swingup-v0", "cartpole-medium", 3000, 5, 3000, 500, 3,
-        ("online", "meta", "mixed_norm", "mixed_meta", "moorl_norm", "one_buffer", "rlpd", "iql",
-         "cal_ql", "wsrl", "meta_20"),
+        ("online", "meta", "mixed_norm", "mixed_meta", "meta_fast", "moorl_norm", "one_buffer",
+         "rlpd", "iql", "cal_ql", "wsrl", "meta_20"),
     ),
     "cartpole, random data": Task(
         "dmc/cartpole-swingup-v0", "cartpole-random", 3000, 5, 3000, 500, 3, ("meta", "mixed_norm"),
@@ -86,7 +86,8 @@ METHODS = {
     "mixed_meta": Method(
         "50/50 batches, K 5", "moorl", {"eta": [1.0, 0.5], "sampling": "mixed"}, 5
     ),
-    "meta": Method("MOORL, K 5", "moorl", {"eta": [1.0, 0.9, 0.5]}, 5),
+    "meta": Method("MOORL, K 5", "moorl", {"eta": [1.0, 0.5]}, 5),
+    "meta_fast": Method("MOORL, K 5, η 0.9", "moorl", {"eta": 0.9}, 5),
     "meta_norm": Method("MOORL, K 5 + LayerNorm", "moorl", {"eta": [1.0, 0.9], **NORM}, 5),
     "meta_20": Method("MOORL, K 20", "moorl", {"eta": [1.0, 0.5]}, 20),
     "moorl": Method("MOORL, K 5, η 0.5", "moorl", {"eta": 0.5}, 5),
@@ -119,12 +120,12 @@ FIRST = (
     ("hopper", ("limits",)),
     ("pointmaze", ("mixed_norm",)),
     ("cartpole", ("online", "meta")),
-    ("hopper", ("limits_guarded",)),
     ("pointmaze", ("online",)),
-    ("cartpole", ("mixed_norm",)),
+    ("cartpole", ("mixed_meta",)),
+    ("hopper", ("limits_guarded",)),
+    ("cartpole", ("mixed_norm", "meta_fast")),
     ("pointmaze", ("moorl_norm", "iql")),
     ("hopper", ("online", "moorl", "iql")),
-    ("cartpole", ("mixed_meta",)),
     ("halfcheetah", ("limits", "limits_guarded", "online", "moorl", "iql")),
     ("cartpole, random data", ("mixed_norm",)),
 )
