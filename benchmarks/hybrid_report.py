@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import common
 import numpy as np
 from evidence_report import pyplot, span, verdict
-from hybrid_tasks import LIMIT, TASKS, title_of
+from hybrid_tasks import LIMIT, METHODS, TASKS, title_of
 from scores_report import compare
 
 from saferl.evaluation.statistics import bootstrap_interval
 
 Row = dict[str, Any]
+COLUMNS = 3  # of panels
 UNLIMITED = ("limits", "cost_limit=inf")
 # What is set against what, on each task that has both; of final return and area.
 PAIRS = (
@@ -212,10 +214,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     """Return over environment steps, a panel per task; the band is the range of the seeds."""
     plt = pyplot()
     tasks = [name for name in TASKS if any(row["task"] == name for row in rows)]
+    lines = math.ceil(len(tasks) / COLUMNS)
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(4.6 * len(tasks), 4.6), layout="constrained", squeeze=False
+        lines, COLUMNS, figsize=(4.6 * COLUMNS, 4.8 * lines), layout="constrained", squeeze=False
     )
-    for panel, task in zip(axes[0], tasks):
+    for panel in axes.flat[len(tasks) :]:
+        panel.set_axis_off()
+    for panel, task in zip(axes.flat, tasks):
         colours = plt.get_cmap("tab10").colors
         for number, row in enumerate(row for row in rows if row["task"] == task):
             colour = colours[number % len(colours)]
@@ -237,6 +242,7 @@ def write(book: Any, entries: Sequence[Row], folder: Path) -> str:
     finished = [entry for entry in entries if entry["run"]]
     if not finished:
         return "Nothing has been trained at this scale.\n"
+    finished.sort(key=lambda entry: list(METHODS).index(entry["method"]))
     rows = [row for entry in finished for row in rows_of(entry)]
     missing = [f"{e['task']}: {e['method']}" for e in entries if not e["run"]]
     plot(rows, folder / "hybrid.png")
@@ -244,7 +250,7 @@ def write(book: Any, entries: Sequence[Row], folder: Path) -> str:
     text = (
         "# Offline data and an environment together\n\n![return over steps](hybrid.png)\n\n"
         + report(rows, content["datasets"], missing)
-        + f"\n`{content['command']}`, {finished[-1]['run']['date']}, {content['machine']['cpu']}, "
+        + f"\n`{content['command']}`, {max(e['run']['date'] for e in finished)}, {content['machine']['cpu']}, "
         + "one thread of a machine that was busy with other work.\n"
     )
     (folder / "hybrid.md").write_text(text)

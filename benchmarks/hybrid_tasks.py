@@ -56,6 +56,14 @@ TASKS = {
     "halfcheetah": Task(
         "saferl/HalfCheetahVelocity-v0", "saferl/halfcheetah-velocity-medium-v0", **ROBOT
     ),
+    "cartpole, long": Task(
+        "dmc/cartpole-swingup-v0", "cartpole-medium", 6000, 5, 3000, 500, 6,
+        ("online", "mixed_norm", "meta", "mixed_meta", "meta_20"),
+    ),
+    "pointmaze, long": Task(
+        "saferl/PointMaze-Medium-v0", "saferl/pointmaze-medium-planner-v0", 24_000, 2, 4000, 1000,
+        12, ("mixed_norm", "online", "moorl_norm", "iql"), SPARSE,
+    ),
     "cartpole, sparse": Task(
         "dmc/cartpole-swingup_sparse-v0", "cartpole-sparse", 20_000, 5, 4000, 500, 10,
         ("online", "mixed_norm", "meta_norm"), SPARSE,
