@@ -28,7 +28,8 @@ from saferl.errors import SaferlError
 from saferl.rng import MemberRandom
 from saferl.safety.guardians import FeatureMap, make_guardian
 from saferl.safety.models import make_model
-from saferl.safety.tabular import exact_evaluate, plan, plan_constrained
+from saferl.safety.planning import plan, plan_constrained
+from saferl.safety.tabular import exact_evaluate
 from saferl.spec import Spec
 
 DISCOUNT = 0.999

@@ -29,7 +29,8 @@ from saferl.agents.bc import DiscreteBC
 from saferl.agents.ogsrl import DiscreteOGSRL
 from saferl.data.buffer import ReplayBuffer
 from saferl.envs import icu_sepsis as icu
-from saferl.safety.tabular import exact_evaluate, plan_constrained
+from saferl.safety.planning import plan_constrained
+from saferl.safety.tabular import exact_evaluate
 from saferl.spec import Spec
 
 BUDGET = 0.592

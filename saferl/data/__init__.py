@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from saferl import registry
-from saferl.data.dataset import Card, Dataset
+from saferl.data.card import Card
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError, nearest
 
 __all__ = ["Card", "Dataset", "load_dataset"]

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from saferl.data import files, validate
-from saferl.data.dataset import Card, Dataset
+from saferl.data.card import Card
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError, unknown
 
 CLIPPED = ("adroit", "kitchen")  # their environments clip actions in step()

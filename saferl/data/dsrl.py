@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from saferl.data import files
-from saferl.data.dataset import Card, Dataset
+from saferl.data.card import Card
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError, nearest
 
 

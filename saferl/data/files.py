@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from saferl.data.dataset import Card, Dataset
+from saferl.data.card import Card
+from saferl.data.dataset import Dataset
 from saferl.data.frames import Frames
 from saferl.errors import SaferlError
 from saferl.io import atomic_write

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from saferl.data import files
-from saferl.data.dataset import Card, Dataset
+from saferl.data.card import Card
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError, nearest
 
 _MAZES = [f"pointmaze/{m}{d}" for m in ("open", "umaze", "medium", "large") for d in ("", "-dense")]

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from saferl.data.dataset import Card, Dataset
+from saferl.data.card import Card
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError, nearest, unknown
 
 MANY = ("observations", "next_observations")

@@ -14,7 +14,8 @@ import numpy as np
 
 from saferl.evaluation.rollout import Env, _chooser
 from saferl.registry import make_env
-from saferl.safety.tabular import TabularMDP, exact_evaluate, plan, plan_constrained
+from saferl.safety.planning import plan, plan_constrained
+from saferl.safety.tabular import TabularMDP, exact_evaluate
 
 FRONTIER_POINTS = 13
 

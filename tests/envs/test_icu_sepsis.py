@@ -11,7 +11,8 @@ from gymnasium.utils.env_checker import check_env
 
 from saferl.envs import icu_sepsis as icu
 from saferl.errors import SaferlError
-from saferl.safety.tabular import exact_evaluate, plan
+from saferl.safety.planning import plan
+from saferl.safety.tabular import exact_evaluate
 
 try:
     PACKAGE = metadata.distribution("icu-sepsis")

@@ -11,14 +11,8 @@ import pytest
 from scipy.optimize import linprog
 
 from saferl.errors import SaferlError
-from saferl.safety.tabular import (
-    TabularMDP,
-    exact_evaluate,
-    mixture,
-    plan,
-    plan_constrained,
-    sample_episodes,
-)
+from saferl.safety.planning import plan, plan_constrained
+from saferl.safety.tabular import TabularMDP, exact_evaluate, mixture, sample_episodes
 
 
 def chain(stay: float = 0.75) -> TabularMDP:
