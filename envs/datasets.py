@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from typing import Any
 
-from saferl.data import Dataset
+from saferl.data import Card, Dataset
 from saferl.errors import unknown
 
 
@@ -23,11 +25,20 @@ def load(name: str, **options: Any) -> Dataset:
     """
     from . import bundled, epicare_data, icu_sepsis, maze_data
 
-    known = list(bundled.names())
-    for home in (maze_data, icu_sepsis, epicare_data):
-        if name in home.ids():
+    for home in (bundled, maze_data, icu_sepsis, epicare_data):
+        if name in (home.names() if home is bundled else home.ids()):
+            _check(options, home)
             return home.load(name, **options)
-        known += home.ids()
-    if name not in bundled.names():
-        raise unknown("saferl dataset", name, known)
-    return bundled.load(name, **options)
+    homes = maze_data, icu_sepsis, epicare_data
+    raise unknown("saferl dataset", name, [*bundled.names(), *(i for h in homes for i in h.ids())])
+
+
+def _check(options: dict[str, Any], home: Any) -> None:
+    """Before anything is made: is each option one of the data's or of a card's?"""
+    makers = home.load, getattr(home, "make_dataset", home.load)
+    own = {name for maker in makers for name in inspect.signature(maker).parameters}
+    own -= {"name", "behaviour", "options", "overrides", "card_fields"}
+    valid = own | {field.name for field in dataclasses.fields(Card)} | {"clip_actions"}
+    for option in options:
+        if option not in valid:
+            raise unknown("dataset option", option, valid)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+from saferl.data import load_dataset
 from saferl.envs import icu_sepsis as icu
 from saferl.errors import SaferlError
 from saferl.safety.planning import plan
@@ -165,6 +166,13 @@ def test_loader_and_options():
 def test_wrong_options(options, message):
     with pytest.raises(SaferlError, match=message):
         icu.make_dataset(**{"episodes": 2} | options)
+
+
+def test_an_option_of_other_data_is_told_with_those_of_these():
+    with pytest.raises(SaferlError, match="unknown dataset option 'size': .*actions, .*episodes, "):
+        load_dataset("saferl/icu-sepsis-clinician-v0", size=3)
+    with pytest.raises(SaferlError, match="'sise': did you mean 'size'"):
+        load_dataset("saferl/hopper-velocity-mixed-v0", sise=3)
 
 
 def test_wrong_names():
