@@ -245,16 +245,17 @@ class Guarded(CostLimited, Agent):
             self._clone(train, observations, say)
 
     def _compare(self, held: Any, say: Callable[[str], None]) -> None:
-        """Warn where the logged episodes kept aside leave the data more often than β allows."""
+        """Say where the logged episodes kept aside leave the data more often than β allows."""
         c, step = self.config, max(1, len(held) // COMPARED)
         some = held.subset(episodes=np.arange(0, len(held.episodes), step))
         outside = self.guardian.is_ood(flat(some.observations), some.actions)
         share = share_leaving(np.asarray(outside), some.episodes, c.horizon, c.starts)
         if share > c.ood_probability:
             say(
-                f"warning: {share:.0%} of logged stretches of {c.horizon} steps hold an unsupported"
-                f" step, more than ood_probability = {c.ood_probability:g}, so that a policy which "
-                "acts like the data does not keep it: raise it, or lower alpha"
+                f"note: {share:.0%} of logged stretches of {c.horizon} steps hold an unsupported "
+                f"step, more than ood_probability = {c.ood_probability:g}: the policy has to keep "
+                "closer to the data than their own behaviour; if it cannot (ood_value stays above "
+                "its budget), raise ood_probability or lower alpha"
             )
 
     def _spare(self, train: Any, observations: Tensor) -> None:

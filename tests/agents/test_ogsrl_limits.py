@@ -204,11 +204,11 @@ def test_how_often_logged_episodes_leave_the_data():
     assert share_leaving(outside, episodes, 2, "any") == 4 / 6  # all but (0 1) and (3)
 
 
-def test_a_probability_that_the_data_do_not_keep_is_warned_of():
+def test_a_probability_that_the_data_do_not_keep_is_told():
     def lines(**settings) -> list[str]:
         said = []
         make(True, **settings).fit(logged(True), said.append)
-        return [line for line in said if line.startswith("warning")]
+        return [line for line in said if line.startswith("note")]
 
     (line,) = lines(alpha=0.6, ood_probability=0.01)
     assert "of logged stretches of" in line and "more than ood_probability = 0.01" in line
