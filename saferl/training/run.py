@@ -36,15 +36,19 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
 
+    def check_vacant(self) -> None:
+        """Refuse a folder that holds a run already."""
+        if (self.path / "config.yaml").exists():
+            raise SaferlError(
+                f"{self.path} holds a run already: continue it with `saferl train --resume "
+                f"{self.path}` or choose another --out"
+            )
+
     @classmethod
     def create(cls, path: str | Path, config: dict[str, Any], card: dict[str, Any]) -> RunFolder:
         """A folder for a run that has not started; refuses one that holds a run already."""
         run = cls(path)
-        if (run.path / "config.yaml").exists():
-            raise SaferlError(
-                f"{run.path} holds a run already: continue it with `saferl train --resume "
-                f"{run.path}` or choose another --out"
-            )
+        run.check_vacant()
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:

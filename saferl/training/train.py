@@ -133,6 +133,8 @@ def train(
             raise SaferlError(f"{name} must be 0 or more steps, got {interval}")
     if dataset is None and env is None:
         raise SaferlError("neither a dataset nor an environment was given: pass --dataset or --env")
+    if out is not None:
+        RunFolder(out).check_vacant()  # now, not after what is learned before the first update
     limits = [check_limit(limit) for limit in cost_limits]
     cls, settings = agent_class(agent), dict(settings or {})
     if start_from is not None:

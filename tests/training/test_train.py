@@ -267,7 +267,7 @@ def test_one_run_trains_members_for_four_limits_at_once(point, tmp_path, agent):
 def test_a_used_folder_is_not_overwritten(point, tmp_path):
     quick(point, tmp_path / "run")
     with pytest.raises(SaferlError, match="holds a run already"):
-        quick(point, tmp_path / "run")
+        quick("nowhere.npz", tmp_path / "run")  # said before the data are looked at
 
 
 def test_divergence_is_told(point, tmp_path):
