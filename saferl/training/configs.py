@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from fnmatch import fnmatch
 from functools import cache
 from importlib import resources
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from saferl.errors import SaferlError, unknown
+from saferl.safety.limits import check_limit
 
 
 @cache
@@ -97,3 +99,22 @@ def resolve(
 
 def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def constrain(
+    config: type, limits: list[float], given: dict[str, Any], published: dict[str, Any]
+) -> tuple[list[float], dict[str, Any]]:
+    """What is judged, and all settings: an agent is trained for the limits that it is judged by.
+
+    Limits for the tables are trained for, unless ``given`` has a ``cost_limit``. Without any, the
+    agent is judged by the finite limits that it is trained for, its default included.
+    """
+    settings = published | given
+    if not hasattr(config, "cost_limit"):
+        return limits, settings
+    if limits:
+        return limits, settings if "cost_limit" in given else settings | {"cost_limit": limits}
+    own = settings.get("cost_limit", config.cost_limit)
+    own = own if isinstance(own, (list, tuple)) else [own]
+    own = [check_limit(limit, infinite=True) for limit in own]
+    return [limit for limit in own if math.isfinite(limit)], settings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from saferl.evaluation.rollout import Slots
 from saferl.registry import agent_class
 from saferl.safety.limits import check_limit, limit_warnings, no_costs
 from saferl.spec import Spec
-from saferl.training.configs import published, resolve
+from saferl.training.configs import constrain, published, resolve
 from saferl.training.engine import Engine, check_precision, part, pick_engine
 from saferl.training.hybrid import HybridEngine, returns_to_go
 from saferl.training.loop import Loop, Run, restore
@@ -154,7 +153,7 @@ def train(
         source = str(Path(dataset).resolve()) if Path(dataset).is_file() else str(dataset)
         dataset = load_dataset(source, **(dataset_options or {}))
     task = "online" if dataset is None else dataset.card.id
-    limits, settings = _constrain(cls.Config, limits, settings, published(agent, task))
+    limits, settings = constrain(cls.Config, limits, settings, published(agent, task))
     if dataset is not None and limits and dataset.costs is None:
         raise SaferlError(no_costs(dataset.card.id))
     if dataset is not None:
@@ -374,25 +373,6 @@ def load_agent(run: str | Path, step: int | None = None, device: str = "cpu"):
     agent = cls(Spec.from_dict(header["spec"]), config, header["seeds"], pick_device(device))
     restore(agent, state, header["agent"], run)
     return agent
-
-
-def _constrain(
-    config: type, limits: list[float], given: dict[str, Any], published: dict[str, Any]
-) -> tuple[list[float], dict[str, Any]]:
-    """What is judged, and all settings: an agent is trained for the limits that it is judged by.
-
-    Limits for the tables are trained for, unless ``given`` has a ``cost_limit``. Without any, the
-    agent is judged by the finite limits that it is trained for, its default included.
-    """
-    settings = published | given
-    if not hasattr(config, "cost_limit"):
-        return limits, settings
-    if limits:
-        return limits, settings if "cost_limit" in given else settings | {"cost_limit": limits}
-    own = settings.get("cost_limit", config.cost_limit)
-    own = own if isinstance(own, (list, tuple)) else [own]
-    own = [check_limit(limit, infinite=True) for limit in own]
-    return [limit for limit in own if math.isfinite(limit)], settings
 
 
 def _sizes_of(run: str | Path, cls: type) -> dict[str, Any]:
