@@ -17,6 +17,7 @@ from saferl.evaluation.statistics import bootstrap_interval
 
 Row = dict[str, Any]
 COLUMNS = 3  # of panels
+SAME = {"cartpole, random data": "cartpole"}  # where SAC alone is trained
 UNLIMITED = ("limits", "cost_limit=inf")
 # What is set against what, on each task that has both; of final return and area.
 PAIRS = (
@@ -38,6 +39,9 @@ PAIRS = (
     (("mixed_meta", "eta=0.5"), ("mixed_meta", "eta=1")),
     (("meta", "eta=0.5"), ("mixed_meta", "eta=0.5")),
     (("mixed_norm", ""), ("mixed_meta", "eta=1")),
+    (("moorl_norm", ""), ("moorl", "")),
+    (("moorl_norm", ""), ("mixed_norm", "")),
+    (("moorl_norm", ""), UNLIMITED),
 )
 
 
@@ -159,9 +163,11 @@ def comparisons(rows: Sequence[Row]) -> str:
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
         for one, other in PAIRS:
-            if (task, one) not in found or (task, other) not in found:
+            a = found.get((task, one))
+            where = SAME.get(task, task) if other == ("online", "") else task
+            b = found.get((where, other))
+            if a is None or b is None:
                 continue
-            a, b = found[task, one], found[task, other]
             cells = []
             for name in ("returns", "area"):
                 x, y = (v if v.ndim == 2 else v[:, None] for v in (a[name], b[name]))

@@ -37,8 +37,8 @@ class Task:
 
 SPARSE = {"entropy_backup": False}
 ROBOT = {"steps": 8000, "utd": 1, "pretraining": 4000, "random_steps": 1000, "evaluations": 4,
-         "methods": ("limits", "limits_guarded", "online", "moorl", "iql", "moorl_guarded", "rlpd",
-                     "cal_ql", "wsrl")}  # fmt: skip
+         "methods": ("limits", "limits_guarded", "online", "moorl", "moorl_norm", "iql",
+                     "moorl_guarded", "rlpd", "cal_ql", "wsrl")}  # fmt: skip
 TASKS = {
     "cartpole": Task(
         "dmc/cartpole-swingup-v0", "cartpole-medium", 3000, 5, 3000, 500, 3,
@@ -107,7 +107,11 @@ METHODS = {
     "limits": Method("SAC 50/50 + LayerNorm", "sac", {**LIMITS, **NORM}),
     "limits_guarded": Method("SAC 50/50 + LayerNorm, guard", "sac", {**LIMITS, **NORM}, None, True),
     "moorl_guarded": Method(
-        "MOORL, K 5, η 0.5, guard", "moorl", {"eta": 0.5, "cost_limit": LIMIT}, 5, True
+        "MOORL, K 5, η 0.5 + LayerNorm, guard, limit 40",
+        "moorl",
+        {"eta": 0.5, "cost_limit": LIMIT, **NORM},
+        5,
+        True,
     ),
 }
 # Of a group of seeds, where the values do not say enough.
@@ -134,7 +138,7 @@ FIRST = (
     ("cartpole", ("mixed_norm", "meta_fast")),
     ("pointmaze", ("moorl_norm", "iql")),
     ("hopper", ("online", "moorl", "iql")),
-    ("halfcheetah", ("limits", "limits_guarded", "online", "moorl", "iql")),
+    ("halfcheetah", ("limits", "limits_guarded", "online", "moorl", "moorl_norm", "iql")),
     ("cartpole, random data", ("mixed_norm",)),
 )
 
