@@ -241,7 +241,7 @@ def plot_mixtures(
         return False
     plt = pyplot()
     figure, axes = plt.subplots(
-        1, len(robots), figsize=(4.8 * len(robots), 3.8), layout="constrained", squeeze=False
+        1, len(robots), figsize=(4.2 * len(robots) + 2.4, 3.8), layout="constrained", squeeze=False
     )
     for panel, robot in zip(axes[0], robots):
         share = {name: int(name.split("-")[-2]) for name in mixtures[robot]}
@@ -265,7 +265,7 @@ def plot_mixtures(
         panel.minorticks_off()
         panel.set_title(f"{robot}, expert and random", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
-    legend(figure, axes, "outside right upper", 1)
+    legend(figure, axes, "outside right center", 1)
     figure.suptitle("Mean and 95 % interval over members and episodes. Not D4RL's data.",
                     fontsize=9)  # fmt: skip
     figure.savefig(path, dpi=130)

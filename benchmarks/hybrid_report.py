@@ -226,11 +226,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     )
     for panel in axes.flat[len(tasks) :]:
         panel.set_axis_off()
+    titles = list(dict.fromkeys(row["title"] for row in rows))  # one colour in all panels
+    colours = plt.get_cmap("tab20").colors
     for panel, task in zip(axes.flat, tasks):
-        colours = plt.get_cmap("tab10").colors
-        for number, row in enumerate(row for row in rows if row["task"] == task):
-            colour = colours[number % len(colours)]
-            panel.plot(row["steps"], row["curve"].mean(0), "o-", ms=3, color=colour,
+        for row in (row for row in rows if row["task"] == task):
+            number = titles.index(row["title"])
+            colour, mark = colours[number % len(colours)], "os"[number // len(colours)]
+            panel.plot(row["steps"], row["curve"].mean(0), f"{mark}-", ms=3, color=colour,
                        label=row["title"])  # fmt: skip
             low, high = row["curve"].min(0), row["curve"].max(0)
             panel.fill_between(row["steps"], low, high, color=colour, alpha=0.08, lw=0)
