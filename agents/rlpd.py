@@ -31,3 +31,4 @@ class RLPDConfig(SACConfig):
 class RLPD(SAC):
     Config = RLPDConfig
     needs_dataset = True
+    compiles = False

@@ -45,3 +45,4 @@ class WSRLConfig(SACConfig):
 class WSRL(SAC):
     Config = WSRLConfig
     pretrained = True
+    compiles = False
