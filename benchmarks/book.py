@@ -1,4 +1,4 @@
-"""A book of finished trainings that a benchmark continues: of `evidence.py` and `limits.py`.
+"""A book of finished trainings that a benchmark continues: evidence.py, limits.py, hybrid.py.
 
 A training is a dictionary of what identifies it (its key: dataset, agent, settings, …). It is added
 to the book's JSON when it ends, with the fingerprint of the data, and is not done again.
@@ -10,6 +10,7 @@ import concurrent.futures
 import csv
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,38 @@ class Book:
         self.content["datasets"][dataset] = facts
         if run is not None:
             self.content["runs"].append(run)
+        self.save()
+
+    def save(self) -> None:
         common.write_json(self.path, self.content)
+
+    def train(
+        self,
+        work: Callable[..., Result],
+        keys: list[dict[str, Any]],
+        arguments: tuple,
+        jobs: int,
+        name_of: Callable[[dict[str, Any]], str],
+        told: Callable[[dict[str, Any]], str],
+    ) -> int:
+        """Do those of ``keys`` that are missing and add each as it ends; how many failed.
+
+        ``work`` gets the key, ``arguments`` and the fingerprints of the data on which the training
+        is done. Each has a line on the terminal: ``name_of`` the key, and ``told`` of the run.
+        """
+        self.content |= common.header("mujoco", "gymnasium")
+        calls = [(k, *arguments, [r["fingerprint"] for r in self.matching(k)]) for k in keys]
+        failed = 0
+        for key, result in results(work, calls, jobs):
+            if isinstance(result, Exception):
+                failed += 1
+                text = f"FAILED, {result}"
+            else:
+                facts, run = result
+                self.add(facts, run, key["dataset"])
+                text = "done before" if run is None else told(run)
+            print(f"{common.now()} {name_of(key)}: {text}", file=sys.stderr, flush=True)
+        return failed
 
     def entries(self, keys: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Each key with its ``run`` on the data as they are now, or None."""

@@ -26,7 +26,7 @@ from typing import Any
 import common
 import evidence_report
 import numpy as np
-from book import Book, last_metrics, narrowed, results
+from book import Book, last_metrics, narrowed
 from scores import EVALUATION_SEED, SHARED_DATA, SharedPolicy, facts_of, rolled_out_card
 from scores_report import NOT_D4RL
 
@@ -296,33 +296,23 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no dataset matches --datasets")
     failed = 0
     if not options.report:
-        book.content |= {
-            **common.header("mujoco", "gymnasium"),
-            "note": NOT_D4RL,
-        }
+        book.content["note"] = NOT_D4RL
         print(f"{len(keys)} trainings, {options.jobs} at a time", file=sys.stderr, flush=True)
-        calls = [
-            (key, options.episodes, options.device, [r["fingerprint"] for r in book.matching(key)])
-            for key in keys
-        ]
-        for key, result in results(train_one, calls, options.jobs):
-            name = f"{key['dataset']} {key['agent']} {key['varied'] or ''}".rstrip()
-            if isinstance(result, Exception):
-                failed += 1
-                print(f"{name}: FAILED, {result}", file=sys.stderr, flush=True)
-                continue
-            facts, run = result
-            book.add(facts, run, key["dataset"])
-            text = "done before"
-            if run is not None:
-                means = ", ".join(f"{np.mean(row):.0f}" for row in run["returns"])
-                text = f"{means} ({run['seconds']:.0f} s)"
-            print(f"{common.now()} {name}: {text}", file=sys.stderr, flush=True)
+        failed = book.train(
+            train_one, keys, (options.episodes, options.device), options.jobs,
+            lambda key: f"{key['dataset']} {key['agent']} {key['varied'] or ''}".rstrip(), told_of,
+        )  # fmt: skip
     text = evidence_report.write(book, book.entries(keys), MIXTURES, options.out, stem)
     if not options.report:  # which may look at the file of a run that is still writing it
-        common.write_json(book.path, book.content)
+        book.save()
     print(text, end="")
     return 1 if failed else 0
+
+
+def told_of(run: dict[str, Any]) -> str:
+    """A line for the terminal."""
+    means = ", ".join(f"{np.mean(row):.0f}" for row in run["returns"])
+    return f"{means} ({run['seconds']:.0f} s)"
 
 
 if __name__ == "__main__":

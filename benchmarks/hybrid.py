@@ -29,7 +29,7 @@ os.environ.update(common.ONE_THREAD)
 import hybrid_report
 import hybrid_tasks
 import numpy as np
-from book import Book, Result, results
+from book import Book, Result
 from hybrid_tasks import METHODS, TASKS
 from scores import EVALUATION_SEED, facts_of
 
@@ -244,34 +244,19 @@ def main(arguments: list[str] | None = None) -> int:
     pairs = hybrid_tasks.schedule(options.tasks, options.methods)
     keys, failed = [key_of(*pair, options) for pair in pairs], 0
     if not options.report:
-        book.content |= {
-            "command": common.command(),
-            "machine": common.machine(),
-            "versions": common.versions(["saferl", "torch", "numpy", "mujoco", "gymnasium"]),
-        }
-        calls = [
-            (key, options.episodes, [r["fingerprint"] for r in book.matching(key)]) for key in keys
-        ]
-        for key, result in results(train_one, calls, 1):
-            name = f"{common.now()} {key['task']}: {key['method']}"
-            if isinstance(result, Exception):
-                failed += 1
-                print(f"{name}: FAILED, {result}", file=sys.stderr, flush=True)
-                continue
-            facts, run = result
-            book.add(facts, run, key["dataset"])
-            print(f"{name}: {told_of(run)}", file=sys.stderr, flush=True)
+        failed = book.train(
+            train_one, keys, (options.episodes,), 1,
+            lambda key: f"{key['task']}: {key['method']}", told_of,
+        )  # fmt: skip
     text = hybrid_report.write(book, book.entries(keys), options.out)
     if not options.report:  # which may look at the file of a run that is still writing it
-        common.write_json(book.path, book.content)
+        book.save()
     print(text, end="")
     return 1 if failed else 0
 
 
-def told_of(run: dict[str, Any] | None) -> str:
+def told_of(run: dict[str, Any]) -> str:
     """A line for the terminal."""
-    if run is None:
-        return "done before"
     curve = ", ".join(f"{np.mean(row):.0f}" for row in run["curve"]["returns"])
     means = ", ".join(f"{np.mean(row):.0f}" for row in run["played"]["bare"]["returns"])
     return f"{curve}; last policies {means} ({run['seconds']['cpu']:.0f} s)"

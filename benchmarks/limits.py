@@ -24,7 +24,7 @@ from typing import Any
 import common
 import limits_report
 import numpy as np
-from book import Book, Result, last_metrics, narrowed, results
+from book import Book, Result, last_metrics, narrowed
 from scores import EVALUATION_SEED, facts_of
 
 LIMITS = (20.0, 40.0, 80.0)
@@ -232,31 +232,19 @@ def main(arguments: list[str] | None = None) -> int:
     keys = [key_of(*task, options) for task in order(options.trainings, options.datasets)]
     failed = 0
     if not options.report:
-        book.content |= common.header("mujoco", "gymnasium")
-        calls = [
-            (key, options.episodes, options.device, [r["fingerprint"] for r in book.matching(key)])
-            for key in keys
-        ]
-        for key, result in results(train_one, calls, options.jobs):
-            name = f"{common.now()} {key['dataset']} {key['training']}"
-            if isinstance(result, Exception):
-                failed += 1
-                print(f"{name}: FAILED, {result}", file=sys.stderr, flush=True)
-                continue
-            facts, run = result
-            book.add(facts, run, key["dataset"])
-            print(f"{name}: {told_of(run)}", file=sys.stderr, flush=True)
+        failed = book.train(
+            train_one, keys, (options.episodes, options.device), options.jobs,
+            lambda key: f"{key['dataset']} {key['training']}", told_of,
+        )  # fmt: skip
     text = limits_report.write(book, book.entries(keys), LIMITS, options.out)
     if not options.report:  # which may look at the file of a run that is still writing it
-        common.write_json(book.path, book.content)
+        book.save()
     print(text, end="")
     return 1 if failed else 0
 
 
-def told_of(run: dict[str, Any] | None) -> str:
+def told_of(run: dict[str, Any]) -> str:
     """A line for the terminal."""
-    if run is None:
-        return "done before"
     rows = [
         f"{row}@{limit} {np.mean(part['returns']):.0f}/{np.mean(part['costs']):.0f}"
         for row, played in run["played"].items()
