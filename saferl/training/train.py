@@ -145,7 +145,7 @@ def train(
     if guard is not None and not cls.acts:
         raise SaferlError(f"{agent} acts in no environment while it learns: leave out guard")
     torch_device = pick_device(device)
-    _check_machine(cls.acts, engine, precision, torch_device, cls.compiles)
+    _check_machine(cls, engine, precision, torch_device)
 
     source = None
     if dataset is not None and not isinstance(dataset, Dataset):
@@ -215,7 +215,7 @@ def resume(
     plan = folder.config()
     torch_device = pick_device(device)
     cls = agent_class(plan["agent"])
-    _check_machine(cls.acts, engine, plan["precision"], torch_device, cls.compiles)
+    _check_machine(cls, engine, plan["precision"], torch_device)
     plan.setdefault("guard", None)
     for name, given in (("dataset", dataset), ("env", env), ("guard", guard)):
         if plan[name] == OBJECT and given is None:
@@ -383,16 +383,14 @@ def _sizes_of(run: str | Path, cls: type) -> dict[str, Any]:
     return {name: config[name] for name in names if name in config and hasattr(cls.Config, name)}
 
 
-def _check_machine(
-    acts: bool, engine: str, precision: str, device: torch.device, compiles: bool = True
-) -> None:
+def _check_machine(cls: type, engine: str, precision: str, device: torch.device) -> None:
     """Say before any data are read what the device cannot do."""
     pick_engine(engine, device)
-    if engine == "compile" and not compiles:
+    if engine == "compile" and not cls.compiles:
         raise SaferlError(
             "engine compile is not known to give this agent the result of eager: use eager"
         )
-    if acts and engine == "cuda_graph":
+    if cls.acts and engine == "cuda_graph":
         raise SaferlError(
             "engine cuda_graph is for agents that learn from a dataset alone: this one steps "
             "environments between its updates, use eager or compile"
