@@ -56,7 +56,6 @@ class Agent:
     needs_dataset: ClassVar[bool] = True  # whether an environment alone is not enough
     pretrained: ClassVar[bool] = False  # whether it is meant to begin with another run's networks
     acts: ClassVar[bool] = False  # in an environment while it learns; Config is a HybridConfig
-    compiles: ClassVar[bool] = True  # whether engine compile is known to give eager's result
     needs_returns: ClassVar[bool] = False  # whether batches carry returns-to-go
     # Prefixes of state keys whose tensors all members share; every other has the member axis first.
     shared: ClassVar[frozenset[str]] = frozenset()

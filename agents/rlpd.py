@@ -31,4 +31,3 @@ class RLPDConfig(SACConfig):
 class RLPD(SAC):
     Config = RLPDConfig
     needs_dataset = True
-    compiles = False

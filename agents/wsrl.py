@@ -45,4 +45,3 @@ class WSRLConfig(SACConfig):
 class WSRL(SAC):
     Config = WSRLConfig
     pretrained = True
-    compiles = False

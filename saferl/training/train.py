@@ -386,10 +386,6 @@ def _sizes_of(run: str | Path, cls: type) -> dict[str, Any]:
 def _check_machine(cls: type, engine: str, precision: str, device: torch.device) -> None:
     """Say before any data are read what the device cannot do."""
     pick_engine(engine, device)
-    if engine == "compile" and not cls.compiles:
-        raise SaferlError(
-            "engine compile is not known to give this agent the result of eager: use eager"
-        )
     if cls.acts and engine == "cuda_graph":
         raise SaferlError(
             "engine cuda_graph is for agents that learn from a dataset alone: this one steps "
