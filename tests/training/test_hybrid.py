@@ -501,7 +501,6 @@ BAD = [
     ({"data": "wide"}, r"takes actions in \[-2, 2\], but those of the data lie in \[-5, 5\]"),
     ({"env": Silent, "settings": {"exploration_budget": 5.0}}, "Silent reports no cost"),
     ({"env": Silent, "settings": {"cost_limit": 5.0}}, "Silent reports no cost"),
-    ({"agent": "rlpd", "engine": "compile"}, "compile is not known to give this agent the result"),
     ({"start_from": "nowhere"}, "nowhere"),
 ]
 
