@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -126,11 +127,11 @@ def command() -> str:
     """The command line that is running, without options that name this machine's paths."""
     arguments, skip = [], False
     for argument in sys.argv[1:]:
-        path = argument in ("--peer-python", "--out", "--work")
+        path = argument in ("--peer-python", "--out")
         if not skip and not path:
             arguments.append(argument)
         skip = path
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 
 def header(*packages: str) -> dict[str, Any]:

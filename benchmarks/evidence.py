@@ -37,11 +37,13 @@ MIXTURES = {
     for robot in ("halfcheetah", "hopper", "walker2d")
 }
 # One-at-a-time variations of A2PR, trained side by side; each list has the value in use.
-SENSITIVITY_DATASET = "saferl/halfcheetah-expert-random-10-v0"
-SENSITIVITY: dict[str, list[float]] = {
-    "alpha": [1.0, 2.5, 10.0, 40.0],
-    "mask": [0.5, 1.5, 5.0, 15.0],
-    "vae_weight": [0.5, 1.0, 1.5, 3.0],
+SENSITIVITY: dict[str, dict[str, list[float]]] = {
+    "saferl/halfcheetah-velocity-medium-v0": {"alpha": [1.0, 2.5, 10.0, 40.0]},
+    "saferl/halfcheetah-expert-random-10-v0": {
+        "alpha": [1.0, 2.5, 10.0, 40.0],
+        "mask": [0.5, 1.5, 5.0, 15.0],
+        "vae_weight": [0.5, 1.0, 1.5, 3.0],
+    },
 }
 # Rolled out in equal shares from policies of ../shared/data, each with its own action noise: files
 # of rl_trained_agents, or iterations of the training runs of openai_imitation.
@@ -60,9 +62,10 @@ SHARED: dict[str, tuple[str, list[tuple[str, int | None]]]] = {
 GROUPS = (  # order of work
     MIXTURES["halfcheetah"],
     [f"saferl/{r}-velocity-{k}-v0" for k in ("mixed", "medium") for r in ("halfcheetah", "hopper")],
-    MIXTURES["hopper"],
+    [f"saferl/walker2d-velocity-{k}-v0" for k in ("mixed", "medium")],
     [*SHARED],
-    [*(f"saferl/walker2d-velocity-{k}-v0" for k in ("mixed", "medium")), *MIXTURES["walker2d"]],
+    MIXTURES["hopper"],
+    MIXTURES["walker2d"],
 )
 SCALES = {  # by --full
     False: {"updates": 100_000, "hidden": 64, "batch_size": 64, "cql_samples": 4, "device": "cpu"},
@@ -237,7 +240,7 @@ def schedule(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All trainings asked for, in the order of work."""
     names = [name for group in GROUPS for name in group]
     others = [n for n in options.datasets or [] if not any(fnmatchcase(k, n) for k in names)]
-    tasks = []
+    tasks, waiting = [], dict(SENSITIVITY)
     for group in (*GROUPS, others):
         chosen = [
             name
@@ -251,18 +254,14 @@ def schedule(options: argparse.Namespace) -> list[dict[str, Any]]:
                 for agent in tier:
                     if agent in options.agents:
                         tasks.append({"dataset": name, "agent": agent, "varied": None})
-        if group is MIXTURES["hopper"]:  # once both robots have their mixtures
-            tasks += sensitivity_tasks(options, {task["dataset"] for task in tasks})
+        if group is not GROUPS[0] and "a2pr" in options.agents:  # once two groups are done
+            done = {task["dataset"] for task in tasks}
+            for name in [name for name in waiting if name in done]:
+                tasks += [
+                    {"dataset": name, "agent": "a2pr", "varied": {field: values}}
+                    for field, values in waiting.pop(name).items()
+                ]
     return [key_of(task, options) for task in tasks]
-
-
-def sensitivity_tasks(options: argparse.Namespace, datasets: set[str]) -> list[dict[str, Any]]:
-    if "a2pr" not in options.agents or SENSITIVITY_DATASET not in datasets:
-        return []
-    return [
-        {"dataset": SENSITIVITY_DATASET, "agent": "a2pr", "varied": {field: values}}
-        for field, values in SENSITIVITY.items()
-    ]
 
 
 def main(arguments: list[str] | None = None) -> int:

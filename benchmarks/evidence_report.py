@@ -97,9 +97,10 @@ def row(where: str, peer: str, difference: float, low: float, high: float) -> di
 
 
 def sensitivity(
-    entries: Sequence[dict[str, Any]], datasets: dict[str, Any], in_use: dict[str, Any]
+    entries: Sequence[dict[str, Any]], datasets: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """A row per varied value: score over its own members, and whether it is the one in use."""
+    plain = {(e["dataset"], e["agent"]): e["settings"] for e in entries if e["varied"] is None}
     rows = []
     for entry in entries:
         if not entry["run"] or not entry["varied"]:
@@ -107,6 +108,7 @@ def sensitivity(
         ((field, values),) = entry["varied"].items()
         returns = np.array(entry["run"]["returns"]).reshape(len(values), entry["members"], -1)
         reference = datasets[entry["dataset"]]["reference_returns"]
+        in_use = plain.get((entry["dataset"], entry["agent"]), {})
         for value, block in zip(values, returns):
             rows.append(
                 {
@@ -172,14 +174,15 @@ def report(
         parts.append("")
     if varied:
         parts.append(
-            f"## Sensitivity of A2PR\n\n{varied[0]['dataset']}; one coefficient varied at a time, "
-            "the others as in use. All values of a coefficient are members of one run.\n"
+            "## Sensitivity of A2PR\n\nOne coefficient varied at a time, the others as in use. All "
+            "values of a coefficient are members of one run.\n"
         )
         parts.append(
             common.table(
-                ["coefficient", "value", "score"],
+                ["dataset", "coefficient", "value", "score"],
                 [
-                    [r["field"], f"{r['value']:g}" + (" (in use)" if r["in_use"] else ""),
+                    [r["dataset"], r["field"],
+                     f"{r['value']:g}" + (" (in use)" if r["in_use"] else ""),
                      span(r["score"], r["score_interval"])]
                     for r in varied
                 ],
@@ -334,13 +337,7 @@ def write(
         return "Nothing has been trained at this scale.\n"
     rows = [summary(e, datasets[e["dataset"]]) for e in finished if e["varied"] is None]
     differences = comparisons(entries, datasets, mixtures)
-    in_use: dict[str, Any] = {}
-    for entry in entries:
-        if entry["varied"]:  # the same agent and data without the variation
-            plain = [e for e in entries if e["varied"] is None and e["agent"] == entry["agent"]
-                     and e["dataset"] == entry["dataset"]]  # fmt: skip
-            in_use |= plain[0]["settings"] if plain else {}
-    varied = sensitivity(entries, datasets, in_use)
+    varied = sensitivity(entries, datasets)
     missing = [
         f"{e['dataset']}: {NAMES[e['agent']]}"
         + (f", {next(iter(e['varied']))} varied" if e["varied"] else "")

@@ -1,24 +1,24 @@
 """From pixels: does a dataset beside the environment help, and how fast does it run?
 
-    python benchmarks/pixels.py            # a quarter of an hour of one CPU core; resumes
-    python benchmarks/pixels.py --report   # Markdown
+    python benchmarks/pixels.py             # under an hour of one CPU core
+    python benchmarks/pixels.py --report    # the report of what there is, no training
 
 cartpole-swingup of dm_control at 32 pixels, three frames, action repeat 8 (PlaNet's for this task),
 rendered without shadows. The dataset is made here, no published data: SAC learns from the state
-until an evaluation reaches 800, then acts stochastically while it is filmed. Then each seed trains
-SAC from pixels alone, SAC with half of every batch from that dataset, and MOORL with it, for the
-same environment steps and critic steps, and DrQ+BC on the dataset alone for as many updates.
+until an evaluation reaches 800, then acts stochastically while it is filmed. Each seed trains SAC
+from pixels alone, SAC with half of every batch from that dataset, and MOORL with it, for the same
+environment steps and critic steps, and DrQ+BC on the dataset alone for as many updates. A training
+is added to results/pixels.json when it ends; a rerun does those that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,25 +29,35 @@ os.environ.update(common.ONE_THREAD)
 
 import numpy as np
 import torch
+from book import Book, Result
+from evidence_report import pyplot, span, verdict
+from scores import EVALUATION_SEED, facts_of
+from scores_report import compare
 
 import saferl
 from saferl.data import Dataset
+from saferl.data.files import data_dir
 from saferl.envs.dmc import DMControlEnv, record
+from saferl.evaluation import rollout
+from saferl.evaluation.statistics import bootstrap_interval
 from saferl.rng import MemberRandom
 
-PIXELS, REPEAT, EPISODES, STEPS = 32, 8, 40, 3000
-FILE = common.RESULTS / "pixels.json"
+NAME, PIXELS, REPEAT, FILMED, EVALUATIONS = "cartpole-filmed", 32, 8, 40, 6
 COMMON = {"batch_size": 64, "hidden": [128, 128], "channels": [16, 32, 32], "strides": [2, 2, 2],
           "pad": 2, "reward_scale": 1 / REPEAT, "actor_lr": 1e-3, "critic_lr": 1e-3,
           "tau": 0.02, "discount": 0.95}  # fmt: skip
 ACTING = COMMON | {"random_steps": 500, "utd": 1.0, "initial_temperature": 0.1,
                    "temperature_lr": 1e-3}  # fmt: skip
+ALONE = "SAC, online only"
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "SAC online only": ("sac", ACTING | {"offline_share": 0.0}),
+    ALONE: ("sac", ACTING | {"offline_share": 0.0}),
     "SAC 50/50": ("sac", ACTING),
-    "DrQ+BC offline": ("drq_bc", COMMON | {"noise_steps": STEPS}),
-    "MOORL, K=2, eta 0.5": ("moorl", ACTING | {"inner_steps": 2}),
+    "MOORL, K 2, η 0.5": ("moorl", ACTING | {"inner_steps": 2}),
+    "DrQ+BC, offline": ("drq_bc", COMMON),
 }
+
+
+# Data ----------------------------------------------------------------------------------------
 
 
 def from_state() -> DMControlEnv:
@@ -58,9 +68,10 @@ def from_pixels() -> DMControlEnv:
     return DMControlEnv("cartpole", "swingup", PIXELS, action_repeat=REPEAT, shadows=False)
 
 
-def dataset(work: Path) -> Dataset:
+def dataset() -> Dataset:
     """Filmed episodes of a policy that sees the state and draws its actions."""
-    folder = work / "demonstrations"
+    work = data_dir("pixels")
+    folder = work / f"{NAME}-{FILMED}"
     if folder.exists():
         return saferl.load_dataset(folder)
     settings = {"hidden": [64, 64], "batch_size": 128, "random_steps": 500, "utd": 2.0,
@@ -73,7 +84,7 @@ def dataset(work: Path) -> Dataset:
                        progress=False)  # fmt: skip
     for steps in range(3000, 20_001, 1000):
         mean = float(run.evaluation.at().matrix().mean())
-        print(f"from the state, {steps - 1000} steps: {mean:.0f}", flush=True)
+        print(f"from the state, {steps - 1000} steps: {mean:.0f}", file=sys.stderr, flush=True)
         if mean >= 800:
             break
         run = saferl.resume(teacher, env=from_state, steps=steps, progress=False)
@@ -92,32 +103,58 @@ def dataset(work: Path) -> Dataset:
         with torch.no_grad():
             return policy.sample(torch.from_numpy(state)[None, None], random)
 
-    start = time.process_time()
-    data = record(filmed, EPISODES, acts, seed=1)
-    print(f"{len(data)} rows, mean return {data.episode_returns().mean():.0f}, "
-          f"{time.process_time() - start:.0f} s", flush=True)  # fmt: skip
+    data = record(filmed, FILMED, acts, seed=1)
+    shutil.rmtree(work / "unfinished", ignore_errors=True)
     data.save(work / "unfinished")
     (work / "unfinished").rename(folder)
-    return data
+    return saferl.load_dataset(folder)
 
 
-def train(name: str, seed: int, data: Dataset, work: Path, steps: int) -> dict[str, Any]:
-    agent, settings = ARMS[name]
-    folder = work / f"{agent}-{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    start = time.process_time()
-    run = saferl.train(agent, data, env=from_pixels, steps=steps, members=1, seed=seed, out=folder,
-                       settings=settings, eval_interval=steps // 3, eval_episodes=5,
-                       checkpoint_interval=steps, progress=False)  # fmt: skip
-    evaluated = run.evaluation
-    result = {
+# Training ------------------------------------------------------------------------------------
+
+
+def key_of(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What identifies a training, but for the data's fingerprint."""
+    agent, settings = ARMS[arm]
+    if agent == "drq_bc":
+        settings = settings | {"noise_steps": options.steps}
+    return {
+        "dataset": NAME,
+        "arm": arm,
+        "agent": agent,
+        "seed": seed,
+        "steps": options.steps,
         "settings": settings,
-        "steps": sorted(set(evaluated.steps.tolist())),
-        "seconds": time.process_time() - start,
     }
-    result["returns"] = [float(evaluated.at(s).matrix().mean()) for s in result["steps"]]
-    shutil.rmtree(folder)
-    return result
+
+
+def train_one(key: dict[str, Any], episodes: int, done: list[str]) -> Result:
+    """Facts of the dataset, and the finished training (None if the fingerprint is in ``done``)."""
+    data, start = dataset(), time.process_time()
+    facts = facts_of(data)
+    if facts["fingerprint"] in done:
+        return facts, None
+    with tempfile.TemporaryDirectory() as folder:
+        # Members share convolutions by groups, which a CPU does no faster than one by one.
+        run = saferl.train(
+            key["agent"], data, env=from_pixels, steps=key["steps"], members=1, seed=key["seed"],
+            out=Path(folder) / "run", settings=key["settings"], engine="compile",
+            eval_interval=key["steps"] // EVALUATIONS, eval_episodes=5,
+            checkpoint_interval=key["steps"], progress=False,
+        )  # fmt: skip
+        seconds = time.process_time() - start
+        played = rollout(run.policy(), from_pixels, episodes, seed=EVALUATION_SEED)
+    steps = sorted(set(run.evaluation.steps.tolist()))
+    return facts, key | {
+        "fingerprint": facts["fingerprint"],
+        "returns": np.round(played.returns[0], 1).tolist(),
+        "curve": {
+            "steps": steps,
+            "returns": [round(float(run.evaluation.at(s).matrix().mean()), 1) for s in steps],
+        },
+        "seconds": round(seconds, 1),
+        "date": common.now(),
+    }
 
 
 def frame_rate(count: int = 300) -> float:
@@ -136,94 +173,104 @@ def frame_rate(count: int = 300) -> float:
     return 1 / statistics.median(times)
 
 
-def run(work: Path, steps: int, seeds: list[int]) -> None:
-    torch.set_num_threads(1)
-    work.mkdir(parents=True, exist_ok=True)
-    data = dataset(work)
-    found = json.loads(FILE.read_text()) if FILE.exists() else {}
-    if found.get("steps") != steps:
-        found = {"steps": steps, "done": {}}
-    returns = data.episode_returns()
-    found |= {
-        "command": common.command(),
-        "machine": common.machine(),
-        "data": {"rows": len(data), "mean": float(returns.mean()), "least": float(returns.min()),
-                 "largest": float(returns.max())},
-        "pixels": PIXELS,
-        "action_repeat": REPEAT,
-        "env_steps_per_second": frame_rate(),
-    }  # fmt: skip
-    arms = list(ARMS)
-    for pair in (arms[:2], arms[2:]):  # what the question is about comes first
-        for seed, name in itertools.product(seeds, pair):
-            done = found["done"].setdefault(name, {})
-            if done.get(str(seed), {}).get("settings") == ARMS[name][1]:
-                continue
-            done[str(seed)] = result = train(name, seed, data, work, steps)
-            found["when"] = common.now()
-            common.write_json(FILE, found)
-            curve = " ".join(f"{value:.0f}" for value in result["returns"])
-            print(f"seed {seed}, {name}: {curve}, {result['seconds']:.0f} s", flush=True)
+# Report --------------------------------------------------------------------------------------
 
 
-def report() -> str:
-    found = json.loads(FILE.read_text())
-    steps, repeat, data = found["steps"], found["action_repeat"], found["data"]
-    lines = [
-        "# cartpole-swingup from pixels, **data generated here**",
-        "",
-        f"`{found['command']}`, {found['when']}, {found['machine']['cpu']}, one thread.",
-        "",
-        f"{steps} agent steps ({steps * repeat} control steps) at {found['pixels']} pixels; the "
-        f"dataset has {data['rows']} rows, mean return {data['mean']:.0f} ({data['least']:.0f} to "
-        f"{data['largest']:.0f}). Means over seeds, and their range; the last policy of each, 5 "
-        "episodes per evaluation.",
-        "",
-    ]
-    rows, heads = [], ["arm", "seeds"]
-    for name, seeds in found["done"].items():
-        if not seeds:
-            continue
-        curves = np.array([result["returns"] for result in seeds.values()])
-        at = next(iter(seeds.values()))["steps"]
-        heads[2:] = [f"{step}" for step in at]
-        rates = [steps / result["seconds"] for result in seeds.values()]
-        rows.append([name, len(seeds), *(_spread(column) for column in curves.T),
-                     f"{statistics.median(rates):.0f}"])  # fmt: skip
-    lines.append(common.table([*heads, "agent steps/s"], rows))
-    last = {name: np.mean([result["returns"][-1] for result in seeds.values()])
-            for name, seeds in found["done"].items() if seeds}  # fmt: skip
-    alone = last["SAC online only"]
-    lines += [
-        "",
-        "Final return over that of SAC online only: "
-        + ", ".join(f"{name} {value / alone:.2f}" for name, value in last.items() if value != alone)
-        + ".",
-        "",
-        f"Rate: the environment alone, rendering once per agent step, makes "
-        f"{found['env_steps_per_second']:.0f} agent steps per second of processor time "
-        f"({found['env_steps_per_second'] * repeat:.0f} control steps); the table's rates are "
-        "those of a whole run, updates and evaluations included; DrQ+BC's steps are updates.",
-    ]
-    return "\n".join(lines)
+def report(book: Book, keys: list[dict[str, Any]], out: Path) -> str:
+    """Markdown of what is finished, and its plot."""
+    entries = book.entries(keys)
+    runs = {arm: [e["run"] for e in entries if e["arm"] == arm and e["run"]] for arm in ARMS}
+    runs = {arm: own for arm, own in runs.items() if own}
+    if not runs:
+        return "Nothing has been trained at this scale.\n"
+    content, facts = book.content, book.content["datasets"][NAME]
+    steps = keys[0]["steps"]
+    lines = []
+    last = {arm: np.array([run["returns"] for run in own]) for arm, own in runs.items()}
+    for arm, own in runs.items():
+        curve = np.array([run["curve"]["returns"] for run in own])
+        area = curve[:, np.array(own[0]["curve"]["steps"]) > 0].mean(1, keepdims=True)
+        against = ["–", "–"]
+        if arm != ALONE and ALONE in last:
+            value, low, high = compare(last[arm], last[ALONE])
+            against = [f"{last[arm].mean() / last[ALONE].mean():.2f}",
+                       f"{span(value, (low, high), 0)}, {verdict(low, high)}"]  # fmt: skip
+        rate = statistics.median(steps / run["seconds"] for run in own)
+        lines.append([arm, len(own), span(last[arm].mean(), bootstrap_interval(last[arm]), 0),
+                      span(area.mean(), bootstrap_interval(area), 0), *against,
+                      f"{rate:.0f}"])  # fmt: skip
+    heads = ["arm", "seeds", "final", "area", "final / online only", "final - online only",
+             "agent steps/s"]  # fmt: skip
+    plot(runs, out / "pixels.png")
+    missing = [f"{e['arm']}, seed {e['seed']}" for e in entries if not e["run"]]
+    text = (
+        "# cartpole-swingup from pixels, **data generated here**\n\n"
+        "![return over agent steps](pixels.png)\n\n"
+        f"{steps} agent steps ({steps * REPEAT} control steps) at {PIXELS} pixels. The dataset has "
+        f"{facts['transitions']} rows, mean return {facts['mean_return']:.0f}. *final*: the last "
+        f"policy of each seed in {last[next(iter(last))].shape[1]} episodes; *area*: mean of the "
+        "evaluations while training; 95 % intervals over seeds (and episodes).\n\n"
+        + common.table(heads, lines)
+        + f"\n\nRate: the environment alone, rendering once per agent step, makes "
+        f"{content['env_steps_per_second']:.0f} agent steps per second of processor time "
+        f"({content['env_steps_per_second'] * REPEAT:.0f} control steps); the table's rates are "
+        "those of a whole run, compiled updates and evaluations included; DrQ+BC's steps are "
+        "updates.\n"
+        + (f"\nNot trained: {'; '.join(missing)}.\n" if missing else "")
+        + f"\n`{content['command']}`, {max(r['date'] for own in runs.values() for r in own)}, "
+        f"{content['machine']['cpu']}, one thread of a machine that was busy with other work.\n"
+    )
+    (out / "pixels.md").write_text(text)
+    return text
 
 
-def _spread(values: np.ndarray) -> str:
-    return f"{values.mean():.0f} ({values.min():.0f} to {values.max():.0f})"
+def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Return over agent steps: mean of the seeds, and each seed thin."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for number, (arm, own) in enumerate(runs.items()):
+        steps = own[0]["curve"]["steps"]
+        curves = np.array([run["curve"]["returns"] for run in own])
+        axes.plot(steps, curves.T, lw=0.7, alpha=0.4, color=f"C{number}")
+        axes.plot(steps, curves.mean(0), "o-", ms=3, color=f"C{number}", label=arm)
+    axes.set_xlabel("agent steps (updates, for DrQ+BC)")
+    axes.set_ylabel("return per episode")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", action="store_true", help="print the table and stop")
-    parser.add_argument("--steps", type=int, default=STEPS, help="agent steps of an arm")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--work", type=Path, default=Path("pixels-work"), help="scratch folder")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=9000, help="agent steps of an arm")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--episodes", type=int, default=10, help="per seed, of the last policy")
+    parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
     options = parser.parse_args()
+    book = Book(options.out / "pixels.json", options.fresh)
+    keys = [key_of(arm, seed, options) for arm in options.arms for seed in range(options.seeds)]
+    failed = 0
     if not options.report:
-        run(options.work, options.steps, options.seeds)
-    text = report()
-    FILE.with_suffix(".md").write_text(text + "\n")
-    print(text)
+        book.content["env_steps_per_second"] = frame_rate()
+        failed = book.train(
+            train_one, keys, (options.episodes,), 1,
+            lambda key: f"seed {key['seed']}, {key['arm']}", told_of,
+        )  # fmt: skip
+    text = report(book, keys, options.out)
+    if not options.report:
+        book.save()
+    print(text, end="")
+    return 1 if failed else 0
+
+
+def told_of(run: dict[str, Any]) -> str:
+    """A line for the terminal."""
+    curve = ", ".join(f"{value:.0f}" for value in run["curve"]["returns"])
+    return f"{curve}; last policy {np.mean(run['returns']):.0f} ({run['seconds']:.0f} s)"
 
 
 if __name__ == "__main__":

@@ -35,8 +35,7 @@ def plan(**changes) -> argparse.Namespace:
 @pytest.fixture
 def sensitive(monkeypatch):
     """One coefficient with two values, on the tiny data."""
-    monkeypatch.setattr(evidence, "SENSITIVITY_DATASET", TEN)
-    monkeypatch.setattr(evidence, "SENSITIVITY", {"alpha": [1.0, 2.5]})
+    monkeypatch.setattr(evidence, "SENSITIVITY", {TEN: {"alpha": [1.0, 2.5]}})
     monkeypatch.setattr(evidence, "CURVE_POINTS", 2)
     monkeypatch.setattr(evidence, "CURVE_EPISODES", 1)
 
@@ -134,9 +133,9 @@ def test_order_of_work(monkeypatch, tmp_path):
     keys = evidence.schedule(plan(datasets=["saferl/h*-10-v0", "saferl/hopper-velocity-mixed-v0"]))
     order = [(key["dataset"].split("/")[1][:6], key["agent"], key["varied"]) for key in keys]
     five = ["a2pr", "td3_bc", "bc", "iql", "cql"]
-    assert [agent for _, agent, _ in order] == [*five, *five, *five, "a2pr", "a2pr", "a2pr"]
-    assert [name for name, _, _ in order[::5]] == ["halfch", "hopper", "hopper", "halfch"]
-    assert [next(iter(varied)) for *_, varied in order[15:]] == ["alpha", "mask", "vae_weight"]
+    assert [agent for _, agent, _ in order] == [*five, *five, "a2pr", "a2pr", "a2pr", *five]
+    assert [order[i][0] for i in (0, 5, 10, 13)] == ["halfch", "hopper", "halfch", "hopper"]
+    assert [next(iter(varied)) for *_, varied in order[10:13]] == ["alpha", "mask", "vae_weight"]
     monkeypatch.setattr(evidence, "SHARED_DATA", tmp_path / "absent")
     names = {key["dataset"] for key in evidence.schedule(plan())}
     assert len(names) == 21 and not any(name.startswith("shared/") for name in names)
@@ -158,8 +157,9 @@ def test_settings_published_where_there_are_any_then_the_scale():
     for agent in evidence.AGENTS:
         agent_class(agent).make_config(of(agent, TEN, plan()))
     # The values in use are among the varied ones, or the table would not have them.
-    used = of("a2pr", evidence.SENSITIVITY_DATASET, plan())
-    assert all(used[field] in values for field, values in evidence.SENSITIVITY.items())
+    for dataset, fields in evidence.SENSITIVITY.items():
+        used = of("a2pr", dataset, plan())
+        assert all(used[field] in values for field, values in fields.items())
 
 
 def entry(dataset, agent, returns, varied=None):
@@ -211,7 +211,8 @@ def test_comparisons_and_verdicts():
 def test_sensitivity_rows_take_the_members_of_their_value():
     varied = entry("mix-5", "a2pr", [[1.0, 3.0], [5.0, 7.0], [20.0, 20.0], [40.0, 40.0]],
                    {"alpha": [1.0, 40.0]})  # fmt: skip
-    rows = report.sensitivity([varied], FACTS, {"alpha": 40.0})
+    plain = entry("mix-5", "a2pr", [[0.0, 0.0]]) | {"settings": {"alpha": 40.0}}
+    rows = report.sensitivity([varied, plain], FACTS)
     assert [(r["value"], r["score"], r["in_use"]) for r in rows] == [
         (1.0, 4.0, False), (40.0, 30.0, True),
     ]  # fmt: skip
