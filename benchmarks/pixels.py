@@ -3,7 +3,7 @@
     python benchmarks/pixels.py             # under an hour of one CPU core
     python benchmarks/pixels.py --report    # the report of what there is, no training
 
-cartpole-swingup of dm_control at 32 pixels, three frames, action repeat 8 (PlaNet's for this task),
+cartpole-swingup of dm_control at 64 pixels, three frames, action repeat 8 (PlaNet's for this task),
 rendered without shadows. The dataset is made here, no published data: SAC learns from the state
 until an evaluation reaches 800, then acts stochastically while it is filmed. Each seed trains SAC
 from pixels alone, SAC with half of every batch from that dataset, and MOORL with it, for the same
@@ -42,9 +42,9 @@ from saferl.evaluation import rollout
 from saferl.evaluation.statistics import bootstrap_interval
 from saferl.rng import MemberRandom
 
-NAME, PIXELS, REPEAT, FILMED, EVALUATIONS = "cartpole-filmed", 32, 8, 40, 6
-COMMON = {"batch_size": 64, "hidden": [128, 128], "channels": [16, 32, 32], "strides": [2, 2, 2],
-          "pad": 2, "reward_scale": 1 / REPEAT, "actor_lr": 1e-3, "critic_lr": 1e-3,
+NAME, PIXELS, REPEAT, FILMED, EVALUATIONS = "cartpole-filmed", 64, 8, 40, 6
+COMMON = {"batch_size": 64, "hidden": [128, 128], "channels": [16, 32, 32, 32], "strides": [2, 2, 2, 2],
+          "pad": 4, "reward_scale": 1 / REPEAT, "actor_lr": 1e-3, "critic_lr": 1e-3,
           "tau": 0.02, "discount": 0.95}  # fmt: skip
 ACTING = COMMON | {"random_steps": 500, "utd": 1.0, "initial_temperature": 0.1,
                    "temperature_lr": 1e-3}  # fmt: skip
@@ -71,7 +71,7 @@ def from_pixels() -> DMControlEnv:
 def dataset() -> Dataset:
     """Filmed episodes of a policy that sees the state and draws its actions."""
     work = data_dir("pixels")
-    folder = work / f"{NAME}-{FILMED}"
+    folder = work / f"{NAME}-{PIXELS}-{FILMED}"
     if folder.exists():
         return saferl.load_dataset(folder)
     settings = {"hidden": [64, 64], "batch_size": 128, "random_steps": 500, "utd": 2.0,
