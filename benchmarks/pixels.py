@@ -43,9 +43,9 @@ from saferl.evaluation.statistics import bootstrap_interval
 from saferl.rng import MemberRandom
 
 NAME, PIXELS, REPEAT, FILMED, EVALUATIONS = "cartpole-filmed", 64, 8, 40, 6
-COMMON = {"batch_size": 64, "hidden": [128, 128], "channels": [16, 32, 32, 32], "strides": [2, 2, 2, 2],
-          "pad": 4, "reward_scale": 1 / REPEAT, "actor_lr": 1e-3, "critic_lr": 1e-3,
-          "tau": 0.02, "discount": 0.95}  # fmt: skip
+COMMON = {"batch_size": 64, "hidden": [128, 128], "channels": [16, 32, 32, 32],
+          "strides": [2, 2, 2, 2], "pad": 4, "reward_scale": 1 / REPEAT, "actor_lr": 1e-3,
+          "critic_lr": 1e-3, "tau": 0.02, "discount": 0.95}  # fmt: skip
 ACTING = COMMON | {"random_steps": 500, "utd": 1.0, "initial_temperature": 0.1,
                    "temperature_lr": 1e-3}  # fmt: skip
 ALONE = "SAC, online only"

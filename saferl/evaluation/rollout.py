@@ -191,9 +191,9 @@ class Slots:
             observation, _ = self.envs[slot].reset(seed=int(self.seeds[slot]) + episode)
             self.observations[slot] = self.spaces.flatten(observation)
         except Exception as error:
-            raise self._failure(slot, one_line(error)) from error
+            raise self.failure(slot, one_line(error)) from error
         if not np.isfinite(self.observations[slot]).all():
-            raise self._failure(slot, "the first observation is not finite")
+            raise self.failure(slot, "the first observation is not finite")
 
     def step(self, actions: np.ndarray) -> np.ndarray:
         """Advance with executed actions ``[B, ...]``; returns the slots whose episode ended."""
@@ -211,7 +211,7 @@ class Slots:
                 self.rewards[i] = reward
                 self.costs[i] = 0.0 if cost is None else np.asarray(cost, np.float64).item()
             except Exception as error:
-                raise self._failure(i, one_line(error)) from error
+                raise self.failure(i, one_line(error)) from error
             self.has_costs |= cost is not None
             self.terminals[i] = terminated
             self.timeouts[i] = not terminated and (truncated or self.elapsed[i] >= self.horizon)
@@ -222,12 +222,13 @@ class Slots:
         ):
             if not finite.all():
                 slot = int(ran[np.argmin(finite)])
-                raise self._failure(slot, f"the environment returned a non-finite {what}")
+                raise self.failure(slot, f"the environment returned a non-finite {what}")
         ended = ran[self.terminals[ran] | self.timeouts[ran]]
         self.running[ended] = False
         return ended
 
-    def _failure(self, slot: int, what: str) -> EnvironmentFailed:
+    def failure(self, slot: int, what: str) -> EnvironmentFailed:
+        """What to raise of a slot's environment, or of what stands before it, at this step."""
         return EnvironmentFailed(f"{self._where(slot)}: {what}", slot)
 
     def _where(self, slot: int) -> str:

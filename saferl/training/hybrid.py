@@ -28,7 +28,7 @@ from torch import Tensor
 
 from saferl.data.buffer import ReplayBuffer, online_buffer_class
 from saferl.data.mixture import Mixture
-from saferl.errors import SaferlError
+from saferl.errors import SaferlError, one_line
 from saferl.evaluation.rollout import EnvironmentFailed, Slots
 from saferl.rng import MemberRandom
 from saferl.training.engine import Engine, part
@@ -121,7 +121,7 @@ class HybridEngine(Engine):
     # Acting --------------------------------------------------------------------------------------
 
     def run(self, steps: int) -> int:
-        """``steps`` steps of the run; fewer where an environment fails, and then `failure` says."""
+        """``steps`` steps of the run; fewer where an environment or a guard fails (`failure`)."""
         for done in range(steps):
             if self.steps < self.agent.config.offline_steps:
                 self.buffer.only_offline = True
@@ -159,10 +159,10 @@ class HybridEngine(Engine):
         guarded = [guard.state_dict() for guard in self.guards]
         proposed = slots.act(self._choose, len(slots.envs))
         which = np.flatnonzero(slots.running)
-        actions = self._guarded(proposed, which) if self.guards else proposed
         before, elapsed = slots.observations.copy(), slots.elapsed.copy()
-        self.actions[which, elapsed[which]] = actions[which]
         try:
+            actions = self._guarded(proposed, which) if self.guards else proposed
+            self.actions[which, elapsed[which]] = actions[which]
             ended = slots.step(actions)
         except EnvironmentFailed as error:
             # What the others did in this step is not in the buffer: they do it again.
@@ -183,7 +183,10 @@ class HybridEngine(Engine):
         actions = proposed.copy()
         for m in which:
             self.proposals[m].action = proposed[m]
-            actions[m] = self.guards[m](self.slots.observations[m])
+            try:
+                actions[m] = self.guards[m](self.slots.observations[m])
+            except Exception as error:
+                raise self.slots.failure(m, f"the guard raised {one_line(error)}") from error
         return self.slots.spaces.clip(actions)
 
     def _fail(self, error: EnvironmentFailed) -> None:

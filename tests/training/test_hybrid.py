@@ -660,6 +660,33 @@ def test_a_guarded_step_that_fails_is_not_in_the_guards_books(tmp_path, monkeypa
     torch.testing.assert_close(rows[0], expected[0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_guard_that_raises_leaves_a_run_that_goes_on(tmp_path):
+    calls = []
+
+    class Fragile(Shield):
+        def __call__(self, observation):
+            calls.append(1)
+            if len(calls) == 70:
+                raise RuntimeError("the model of the guard is gone\nand more")
+            return super().__call__(observation)
+
+    def fragile(policy):
+        return Fragile(policy, cost_limit=5.0, fallback=still, horizon=20)
+
+    options = {"eval_interval": 0, "guard": fragile}
+    with pytest.raises(SaferlError, match="up to step 34 is kept") as caught:
+        quick(tmp_path / "run", env=PointEnv, **options)
+    assert "the guard raised RuntimeError: the model of the guard is gone" in str(caught.value)
+    state, header = RunFolder(tmp_path / "run").load()
+    assert header["step"] == 34 and state["engine.guard.steps"].tolist() == [34, 34]
+    run = saferl.resume(tmp_path / "run", env=PointEnv, guard=fragile, device="cpu", progress=False)
+    whole = quick(tmp_path / "whole", env=PointEnv, **options)
+    rows, expected = (
+        RunFolder(r.path).load()[0]["engine.buffer.online.rows"] for r in (run, whole)
+    )
+    torch.testing.assert_close(rows[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_no_guard_is_one_line(tmp_path):
     with pytest.raises(SaferlError, match="guard returned a _Proposal without reset: it returns a"):
         quick(tmp_path / "run", guard=lambda policy: policy)
