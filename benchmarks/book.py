@@ -1,4 +1,4 @@
-"""A book of finished trainings that a benchmark continues: evidence.py, limits.py, hybrid.py.
+"""A book of finished trainings that a benchmark continues: evidence, limits, hybrid, pixels.
 
 A training is a dictionary of what identifies it (its key: dataset, agent, settings, …). It is added
 to the book's JSON when it ends, with the fingerprint of the data, and is not done again.
