@@ -139,7 +139,7 @@ def train_one(key: dict[str, Any], episodes: int, done: list[str]) -> Result:
         run = saferl.train(
             key["agent"], data, env=from_pixels, steps=key["steps"], members=1, seed=key["seed"],
             out=Path(folder) / "run", settings=key["settings"], engine="compile",
-            eval_interval=key["steps"] // EVALUATIONS, eval_episodes=5,
+            eval_interval=-(-key["steps"] // EVALUATIONS), eval_episodes=5,
             checkpoint_interval=key["steps"], progress=False,
         )  # fmt: skip
         seconds = time.process_time() - start
@@ -195,10 +195,11 @@ def report(book: Book, keys: list[dict[str, Any]], out: Path) -> str:
             value, low, high = compare(last[arm], last[ALONE])
             against = [f"{last[arm].mean() / last[ALONE].mean():.2f}",
                        f"{span(value, (low, high), 0)}, {verdict(low, high)}"]  # fmt: skip
+        one = len(own) == 1  # has no spread over seeds
+        areas = f"{area.mean():.0f}" if one else span(area.mean(), bootstrap_interval(area), 0)
         rate = statistics.median(steps / run["seconds"] for run in own)
         lines.append([arm, len(own), span(last[arm].mean(), bootstrap_interval(last[arm]), 0),
-                      span(area.mean(), bootstrap_interval(area), 0), *against,
-                      f"{rate:.0f}"])  # fmt: skip
+                      areas, *against, f"{rate:.0f}"])  # fmt: skip
     heads = ["arm", "seeds", "final", "area", "final / online only", "final - online only",
              "agent steps/s"]  # fmt: skip
     plot(runs, out / "pixels.png")
