@@ -1,6 +1,6 @@
 """From pixels: does a dataset beside the environment help, and how fast does it run?
 
-    python benchmarks/pixels.py             # under an hour of one CPU core
+    python benchmarks/pixels.py             # an hour and a half of one CPU core
     python benchmarks/pixels.py --report    # the report of what there is, no training
 
 cartpole-swingup of dm_control at 64 pixels, three frames, action repeat 8 (PlaNet's for this task),

@@ -112,7 +112,10 @@ class _Spaces:
 
 
 class EnvironmentFailed(SaferlError):
-    """An environment raised an error or returned what is not finite; ``slot`` is its number."""
+    """An environment, or the guard before it, raised an error, or what it returned is not finite.
+
+    ``slot`` is its number.
+    """
 
     def __init__(self, message: str, slot: int):
         super().__init__(message)

@@ -103,7 +103,7 @@ def test_recorded_operations_are_the_update_while_acting(acts, monkeypatch):
 @pytest.mark.timeout(1800)
 def test_compiled_is_eager_to_rounding_while_acting(acts):
     if acts in map(agent_class, KINKED):
-        pytest.skip("has a test of its own")
+        pytest.skip("meets a kink; its updates have a test of their own")
     expected = acting(acts, "eager", UPDATES)
     for key, tensor in acting(acts, "compile", UPDATES).items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4, msg=key)
