@@ -60,7 +60,6 @@ def train_one(key: dict[str, Any], episodes: int, done: list[str]) -> Result:
     """Facts of the dataset, and the finished training (None if the fingerprint is in ``done``)."""
     import saferl
     from saferl.evaluation import rollout
-    from saferl.training import run as run_module
     from saferl.training.run import RunFolder
 
     task, data = TASKS[key["task"]], hybrid_tasks.dataset_of(key["dataset"], key["size"])
@@ -80,15 +79,12 @@ def train_one(key: dict[str, Any], episodes: int, done: list[str]) -> Result:
             before = Path(folder) / "before"
             pretrain(data, key, before, task)
             source = {"start_from": before}
-        kept, run_module.KEPT_CHECKPOINTS = run_module.KEPT_CHECKPOINTS, total // every + 1
-        try:
-            run = saferl.train(
-                key["agent"], env=env, steps=total, out=Path(folder) / "run", eval_interval=every,
-                eval_episodes=min(CURVE_EPISODES, episodes), log_interval=max(1, every // 20),
-                guard=hybrid_tasks.guard if key["guard"] else None, **source, **options,
-            )  # fmt: skip
-        finally:
-            run_module.KEPT_CHECKPOINTS = kept
+        run = saferl.train(
+            key["agent"], env=env, steps=total, out=Path(folder) / "run", eval_interval=every,
+            keep_checkpoints=total // every + 1, eval_episodes=min(CURVE_EPISODES, episodes),
+            log_interval=max(1, every // 20),
+            guard=hybrid_tasks.guard if key["guard"] else None, **source, **options,
+        )  # fmt: skip
         seconds = time.process_time() - seconds
         steps = [int(s) for s in np.unique(run.evaluation.steps)]
         curve = [np.round(run.evaluation.at(s).matrix().mean(1), 1).tolist() for s in steps]

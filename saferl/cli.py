@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--eval-episodes", type=int, help="per member and evaluation (default: 10)")
     p.add_argument("--log-interval", type=int, help="steps (default: 100 times)")
     p.add_argument("--checkpoint-interval", type=int, help="steps (default: eval interval)")
+    p.add_argument("--keep-checkpoints", type=int, metavar="N", help="the last N (default: 2)")
     p.add_argument("--memory-map", type=Path, metavar="FILE", help="buffer in a file, not memory")
     p.add_argument("--quiet", action="store_true", help="no progress, no table")
 
@@ -218,6 +219,7 @@ def _train(options) -> None:
         for name in (
             "members", "seed", "precision", "threads", "out", "start_from",
             "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
+            "keep_checkpoints",
         )
         if (value := getattr(options, name)) is not None
     }  # fmt: skip

@@ -163,7 +163,7 @@ class Loop:
             "seconds": round(self.seconds, 1),
             "versions": versions(),
         }
-        self.folder.save(self.step, state, header)
+        self.folder.save(self.step, state, header, self.plan["keep_checkpoints"])
 
     def _restore(self, state: dict[str, Tensor], header: dict[str, Any]) -> None:
         for key, recorded in (("config", "agent_config"), ("agent", "agent"), ("seeds", "seeds")):

@@ -22,7 +22,6 @@ from saferl.io import atomic_write, write_text
 
 ADVICE = "earlier files are intact: free space, then continue with `saferl train --resume RUN`"
 OBJECT = "a Python object"  # stands in config.yaml for a Dataset or environment that has no name
-KEPT_CHECKPOINTS = 2  # the last and, should the disk lose it, the one before
 
 
 class RunFolder:
@@ -81,8 +80,10 @@ class RunFolder:
     def _checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:09d}.safetensors"
 
-    def save(self, step: int, state: dict[str, Tensor], header: dict[str, Any]) -> None:
-        """Write a checkpoint, then drop those beyond the last `KEPT_CHECKPOINTS`."""
+    def save(
+        self, step: int, state: dict[str, Tensor], header: dict[str, Any], keep: int = 1
+    ) -> None:
+        """Write a checkpoint, then drop all but the last ``keep``."""
         from safetensors.torch import save_file
 
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
@@ -97,7 +98,7 @@ class RunFolder:
                 raise OSError(errno.ENOSPC if full else errno.EIO, text) from error
 
         atomic_write(self._checkpoint(step), write, ADVICE)
-        for old in self.steps()[:-KEPT_CHECKPOINTS]:
+        for old in self.steps()[:-keep]:
             self._checkpoint(old).unlink()
 
     def load(self, step: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

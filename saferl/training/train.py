@@ -26,6 +26,8 @@ from saferl.training.loop import Loop, Run, restore
 from saferl.training.memory import announce, is_out_of_memory
 from saferl.training.run import OBJECT, RunFolder
 
+KEPT_CHECKPOINTS = 2  # the last and, should the disk lose it, the one before
+
 
 def make_agent(
     name: str,
@@ -73,6 +75,7 @@ def train(
     eval_episodes: int = 10,
     log_interval: int | None = None,
     checkpoint_interval: int | None = None,
+    keep_checkpoints: int = KEPT_CHECKPOINTS,
     memory_map: str | Path | None = None,
     start_from: str | Path | None = None,
     guard: Callable[[Any], Any] | None = None,
@@ -106,6 +109,8 @@ def train(
         eval_episodes: per member and evaluation.
         log_interval: steps between two readings of the metrics (a hundredth of all if None).
         checkpoint_interval: steps between checkpoints (``eval_interval`` if None).
+        keep_checkpoints: so many of the last stay on disk; `load_agent` and `saferl evaluate` take
+            a ``step``.
         memory_map: hold the dataset's rows in this file instead of memory.
         start_from: folder of a run whose networks and optimisers this one begins with
             (`Agent.warm_start`), in that run's units of observations and rewards.
@@ -121,7 +126,7 @@ def train(
         KeyboardInterrupt: after writing a checkpoint, from which `resume` continues.
     """
     counts = {"steps": steps, "members": members, "eval_episodes": eval_episodes,
-              "threads": threads}  # fmt: skip
+              "keep_checkpoints": keep_checkpoints, "threads": threads}  # fmt: skip
     for name, count in counts.items():
         if count < 1:
             raise SaferlError(f"{name} must be 1 or more, got {count}")
@@ -176,6 +181,7 @@ def train(
         "eval_episodes": eval_episodes,
         "log_interval": log_interval or max(1, steps // 100),
         "checkpoint_interval": checkpoint_interval or eval_interval,
+        "keep_checkpoints": keep_checkpoints,
         "threads": threads,
         "precision": precision,
         "start_from": None if start_from is None else str(start_from),
@@ -216,7 +222,7 @@ def resume(
     torch_device = pick_device(device)
     cls = agent_class(plan["agent"])
     _check_machine(cls, engine, plan["precision"], torch_device)
-    plan.setdefault("guard", None)
+    plan = {"guard": None, "keep_checkpoints": KEPT_CHECKPOINTS} | plan  # of earlier versions
     for name, given in (("dataset", dataset), ("env", env), ("guard", guard)):
         if plan[name] == OBJECT and given is None:
             raise SaferlError(

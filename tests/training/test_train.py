@@ -151,6 +151,16 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(point, tmp_path):
         folder.load()
 
 
+def test_as_many_checkpoints_stay_as_asked_for(point, tmp_path):
+    run = quick(point, tmp_path / "run", keep_checkpoints=3)
+    assert RunFolder(run.path).steps() == [36, 48, 60]
+    saferl.resume(run.path, dataset=point, steps=80, device="cpu", progress=False)
+    assert RunFolder(run.path).steps() == [60, 72, 80]
+    assert saferl.load_agent(run.path, 72).updates == 72
+    with pytest.raises(SaferlError, match="keep_checkpoints must be 1 or more, got 0"):
+        quick(point, tmp_path / "none", keep_checkpoints=0)
+
+
 def test_steps_may_grow(point, tmp_path):
     long = quick(point, tmp_path / "long", log_interval=5, eval_interval=20)
     short = quick(point, tmp_path / "short", steps=40, log_interval=5, eval_interval=20)
