@@ -1,25 +1,27 @@
 """From pixels: does a dataset beside the environment help, and how fast does it run?
 
-    python benchmarks/pixels.py             # an hour and a half of one CPU core
+    python benchmarks/pixels.py             # hours of one CPU core
     python benchmarks/pixels.py --report    # the report of what there is, no training
 
-cartpole-swingup of dm_control at 64 pixels, three frames, action repeat 8 (PlaNet's for this task),
-rendered without shadows. The dataset is made here, no published data: SAC learns from the state
-until an evaluation reaches 800, then acts stochastically while it is filmed. Each seed trains SAC
-from pixels alone, SAC with half of every batch from that dataset, and MOORL with it, for the same
-environment steps and critic steps, and DrQ+BC on the dataset alone for as many updates. A training
-is added to results/pixels.json when it ends; a rerun does those that are missing.
+Tasks of dm_control at 64 pixels, three frames, PlaNet's action repeats, rendered without shadows.
+The datasets are made here, no published data: SAC learns from the state until an evaluation reaches
+800, then acts stochastically while it is filmed. Each seed trains SAC from pixels alone, SAC with
+half of every batch from that dataset, and MOORL with it, for the same environment steps and critic
+steps, and DrQ+BC on the dataset alone for as many updates. A training is added to
+results/pixels.json when it ends; a rerun does those that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,27 @@ from saferl.evaluation import rollout
 from saferl.evaluation.statistics import bootstrap_interval
 from saferl.rng import MemberRandom
 
-NAME, PIXELS, REPEAT, FILMED, EVALUATIONS = "cartpole-filmed", 64, 8, 40, 6
+PIXELS, FILMED, EVALUATIONS = 64, 40, 6
+
+
+@dataclass(frozen=True)
+class Task:
+    """An environment of dm_control and the scale of its trainings."""
+
+    domain: str
+    name: str
+    repeat: int  # control steps per agent step
+    steps: int  # agent steps of an arm
+    acting: dict[str, Any] = field(default_factory=dict)  # settings of the arms that act
+
+
+TASKS = {
+    "ball_in_cup": Task("ball_in_cup", "catch", 4, 6000, {"critic_layer_norm": True}),
+    "cartpole": Task("cartpole", "swingup", 8, 4000),
+}
 COMMON = {"batch_size": 64, "hidden": [128, 128], "channels": [16, 32, 32, 32],
-          "strides": [2, 2, 2, 2], "pad": 4, "reward_scale": 1 / REPEAT, "actor_lr": 1e-3,
-          "critic_lr": 1e-3, "tau": 0.02, "discount": 0.95}  # fmt: skip
+          "strides": [2, 2, 2, 2], "pad": 4, "actor_lr": 1e-3, "critic_lr": 1e-3, "tau": 0.02,
+          "discount": 0.95}  # fmt: skip
 ACTING = COMMON | {"random_steps": 500, "utd": 1.0, "initial_temperature": 0.1,
                    "temperature_lr": 1e-3}  # fmt: skip
 ALONE = "SAC, online only"
@@ -60,26 +79,27 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 # Data ----------------------------------------------------------------------------------------
 
 
-def from_state() -> DMControlEnv:
-    return DMControlEnv("cartpole", "swingup", action_repeat=REPEAT)
+def from_state(task: Task) -> DMControlEnv:
+    return DMControlEnv(task.domain, task.name, action_repeat=task.repeat)
 
 
-def from_pixels() -> DMControlEnv:
-    return DMControlEnv("cartpole", "swingup", PIXELS, action_repeat=REPEAT, shadows=False)
+def from_pixels(task: Task) -> DMControlEnv:
+    return DMControlEnv(task.domain, task.name, PIXELS, action_repeat=task.repeat, shadows=False)
 
 
-def dataset() -> Dataset:
+@functools.lru_cache(maxsize=1)
+def dataset(name: str) -> Dataset:
     """Filmed episodes of a policy that sees the state and draws its actions."""
-    work = data_dir("pixels")
-    folder = work / f"{NAME}-{PIXELS}-{FILMED}"
+    task, work = TASKS[name], data_dir("pixels")
+    folder = work / f"{name}-filmed-{PIXELS}-{FILMED}"
     if folder.exists():
         return saferl.load_dataset(folder)
     settings = {"hidden": [64, 64], "batch_size": 128, "random_steps": 500, "utd": 2.0,
-                "reward_scale": 1 / REPEAT, "initial_temperature": 0.1}  # fmt: skip
+                "reward_scale": 1 / task.repeat, "initial_temperature": 0.1}  # fmt: skip
     settings |= {f"{name}_lr": 1e-3 for name in ("actor", "critic", "temperature")}
-    teacher = work / "teacher"
+    teacher, state = work / "teacher", functools.partial(from_state, task)
     shutil.rmtree(teacher, ignore_errors=True)
-    run = saferl.train("sac", env=from_state, steps=2000, members=1, seed=77, settings=settings,
+    run = saferl.train("sac", env=state, steps=2000, members=1, seed=77, settings=settings,
                        out=teacher, eval_interval=1000, eval_episodes=5,
                        progress=False)  # fmt: skip
     for steps in range(3000, 20_001, 1000):
@@ -87,11 +107,11 @@ def dataset() -> Dataset:
         print(f"from the state, {steps - 1000} steps: {mean:.0f}", file=sys.stderr, flush=True)
         if mean >= 800:
             break
-        run = saferl.resume(teacher, env=from_state, steps=steps, progress=False)
+        run = saferl.resume(teacher, env=state, steps=steps, progress=False)
     made: list[DMControlEnv] = []
 
     def filmed() -> DMControlEnv:
-        made.append(from_pixels())
+        made.append(from_pixels(task))
         return made[0]
 
     policy, random = run.policy(), MemberRandom([5], "cpu")
@@ -113,37 +133,44 @@ def dataset() -> Dataset:
 # Training ------------------------------------------------------------------------------------
 
 
-def key_of(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def key_of(name: str, arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """What identifies a training, but for the data's fingerprint."""
-    agent, settings = ARMS[arm]
-    if agent == "drq_bc":
-        settings = settings | {"noise_steps": options.steps}
+    (agent, settings), task = ARMS[arm], TASKS[name]
+    steps = options.steps or task.steps
+    own = {"noise_steps": steps} if agent == "drq_bc" else task.acting
     return {
-        "dataset": NAME,
+        "dataset": f"{name}-filmed",
         "arm": arm,
         "agent": agent,
         "seed": seed,
-        "steps": options.steps,
-        "settings": settings,
+        "steps": steps,
+        "settings": settings | {"reward_scale": 1 / task.repeat} | own,
     }
+
+
+def name_of(key: dict[str, Any]) -> str:
+    """Of a key's task."""
+    return key["dataset"].removesuffix("-filmed")
 
 
 def train_one(key: dict[str, Any], episodes: int, done: list[str]) -> Result:
     """Facts of the dataset, and the finished training (None if the fingerprint is in ``done``)."""
-    data, start = dataset(), time.process_time()
+    name = name_of(key)
+    env = functools.partial(from_pixels, TASKS[name])
+    data, start = dataset(name), time.process_time()
     facts = facts_of(data)
     if facts["fingerprint"] in done:
         return facts, None
     with tempfile.TemporaryDirectory() as folder:
         # Members share convolutions by groups, which a CPU does no faster than one by one.
         run = saferl.train(
-            key["agent"], data, env=from_pixels, steps=key["steps"], members=1, seed=key["seed"],
+            key["agent"], data, env=env, steps=key["steps"], members=1, seed=key["seed"],
             out=Path(folder) / "run", settings=key["settings"], engine="compile",
             eval_interval=-(-key["steps"] // EVALUATIONS), eval_episodes=5,
             checkpoint_interval=key["steps"], progress=False,
         )  # fmt: skip
         seconds = time.process_time() - start
-        played = rollout(run.policy(), from_pixels, episodes, seed=EVALUATION_SEED)
+        played = rollout(run.policy(), env, episodes, seed=EVALUATION_SEED)
     steps = sorted(set(run.evaluation.steps.tolist()))
     return facts, key | {
         "fingerprint": facts["fingerprint"],
@@ -157,15 +184,15 @@ def train_one(key: dict[str, Any], episodes: int, done: list[str]) -> Result:
     }
 
 
-def frame_rate(count: int = 300) -> float:
+def frame_rate(task: Task, count: int = 300) -> float:
     """Agent steps per second of processor time, the environment alone."""
-    env, random = from_pixels(), np.random.default_rng(0)
+    env, random = from_pixels(task), np.random.default_rng(0)
     env.reset(seed=0)
     times = []
     for _ in range(3):
         start = time.process_time()
         for _ in range(count // 3):
-            *_, ended, _ = env.step(random.uniform(-1, 1, 1))
+            *_, ended, _ = env.step(random.uniform(-1, 1, env.action_space.shape))
             if ended:
                 env.reset()
         times.append((time.process_time() - start) / (count // 3))
@@ -179,12 +206,51 @@ def frame_rate(count: int = 300) -> float:
 def report(book: Book, keys: list[dict[str, Any]], out: Path) -> str:
     """Markdown of what is finished, and its plot."""
     entries = book.entries(keys)
-    runs = {arm: [e["run"] for e in entries if e["arm"] == arm and e["run"]] for arm in ARMS}
-    runs = {arm: own for arm, own in runs.items() if own}
-    if not runs:
+    finished = [entry for entry in entries if entry["run"]]
+    if not finished:
         return "Nothing has been trained at this scale.\n"
-    content, facts = book.content, book.content["datasets"][NAME]
-    steps = keys[0]["steps"]
+    found = {
+        name: {
+            arm: runs
+            for arm in ARMS
+            if (runs := [e["run"] for e in finished if name_of(e) == name and e["arm"] == arm])
+        }
+        for name in TASKS
+        if any(name_of(entry) == name for entry in finished)
+    }
+    plot(found, out / "pixels.png")
+    content = book.content
+    parts = [
+        "# From pixels, **data generated here**\n\n![return over agent steps](pixels.png)\n\n"
+        "*final*: the last policy of each seed in "
+        f"{len(finished[0]['run']['returns'])} episodes; *area*: mean of the evaluations while "
+        "training; 95 % intervals over seeds (and episodes). Rates, per second of processor time: "
+        "of the environment alone, which renders once per agent step; in the tables those of a "
+        "whole run, compiled updates and evaluations included (DrQ+BC's steps are updates).\n"
+    ]
+    for name, runs in found.items():
+        task, facts = TASKS[name], content["datasets"][f"{name}-filmed"]
+        steps, rate = next(iter(runs.values()))[0]["steps"], content["env_steps_per_second"][name]
+        parts.append(
+            f"## {task.domain}-{task.name}\n\n{steps} agent steps ({steps * task.repeat} control "
+            f"steps) at {PIXELS} pixels. The dataset has {facts['transitions']} rows, mean return "
+            f"{facts['mean_return']:.0f}. The environment alone: {rate:.0f} agent steps/s "
+            f"({rate * task.repeat:.0f} control steps).\n\n{table(runs)}\n"
+        )
+    missing = [f"{name_of(e)}, {e['arm']}, seed {e['seed']}" for e in entries if not e["run"]]
+    if missing:
+        parts.append(f"Not trained: {'; '.join(missing)}.\n")
+    parts.append(
+        f"`{content['command']}`, {max(entry['run']['date'] for entry in finished)}, "
+        f"{content['machine']['cpu']}, one thread of a machine that was busy with other work.\n"
+    )
+    text = "\n".join(parts)
+    (out / "pixels.md").write_text(text)
+    return text
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown of one task's arms."""
     lines = []
     last = {arm: np.array([run["returns"] for run in own]) for arm, own in runs.items()}
     for arm, own in runs.items():
@@ -193,59 +259,45 @@ def report(book: Book, keys: list[dict[str, Any]], out: Path) -> str:
         against = ["–", "–"]
         if arm != ALONE and ALONE in last:
             value, low, high = compare(last[arm], last[ALONE])
-            against = [f"{last[arm].mean() / last[ALONE].mean():.2f}",
-                       f"{span(value, (low, high), 0)}, {verdict(low, high)}"]  # fmt: skip
+            ratio = last[arm].mean() / last[ALONE].mean() if last[ALONE].any() else np.inf
+            against = [f"{ratio:.2f}", f"{span(value, (low, high), 0)}, {verdict(low, high)}"]
         one = len(own) == 1  # has no spread over seeds
         areas = f"{area.mean():.0f}" if one else span(area.mean(), bootstrap_interval(area), 0)
-        rate = statistics.median(steps / run["seconds"] for run in own)
+        rate = statistics.median(run["steps"] / run["seconds"] for run in own)
         lines.append([arm, len(own), span(last[arm].mean(), bootstrap_interval(last[arm]), 0),
                       areas, *against, f"{rate:.0f}"])  # fmt: skip
     heads = ["arm", "seeds", "final", "area", "final / online only", "final - online only",
              "agent steps/s"]  # fmt: skip
-    plot(runs, out / "pixels.png")
-    missing = [f"{e['arm']}, seed {e['seed']}" for e in entries if not e["run"]]
-    text = (
-        "# cartpole-swingup from pixels, **data generated here**\n\n"
-        "![return over agent steps](pixels.png)\n\n"
-        f"{steps} agent steps ({steps * REPEAT} control steps) at {PIXELS} pixels. The dataset has "
-        f"{facts['transitions']} rows, mean return {facts['mean_return']:.0f}. *final*: the last "
-        f"policy of each seed in {last[next(iter(last))].shape[1]} episodes; *area*: mean of the "
-        "evaluations while training; 95 % intervals over seeds (and episodes).\n\n"
-        + common.table(heads, lines)
-        + f"\n\nRate: the environment alone, rendering once per agent step, makes "
-        f"{content['env_steps_per_second']:.0f} agent steps per second of processor time "
-        f"({content['env_steps_per_second'] * REPEAT:.0f} control steps); the table's rates are "
-        "those of a whole run, compiled updates and evaluations included; DrQ+BC's steps are "
-        "updates.\n"
-        + (f"\nNot trained: {'; '.join(missing)}.\n" if missing else "")
-        + f"\n`{content['command']}`, {max(r['date'] for own in runs.values() for r in own)}, "
-        f"{content['machine']['cpu']}, one thread of a machine that was busy with other work.\n"
-    )
-    (out / "pixels.md").write_text(text)
-    return text
+    return common.table(heads, lines)
 
 
-def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Return over agent steps: mean of the seeds, and each seed thin."""
+def plot(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    """Return over agent steps, a panel per task: mean of the seeds, and each seed thin."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for number, (arm, own) in enumerate(runs.items()):
-        steps = own[0]["curve"]["steps"]
-        curves = np.array([run["curve"]["returns"] for run in own])
-        axes.plot(steps, curves.T, lw=0.7, alpha=0.4, color=f"C{number}")
-        axes.plot(steps, curves.mean(0), "o-", ms=3, color=f"C{number}", label=arm)
-    axes.set_xlabel("agent steps (updates, for DrQ+BC)")
-    axes.set_ylabel("return per episode")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure, panels = plt.subplots(
+        1, len(found), figsize=(5.6 * len(found), 4.2), layout="constrained", squeeze=False
+    )
+    for axes, (name, runs) in zip(panels.flat, found.items()):
+        for arm, own in runs.items():
+            colour = f"C{list(ARMS).index(arm)}"
+            steps = own[0]["curve"]["steps"]
+            curves = np.array([run["curve"]["returns"] for run in own])
+            axes.plot(steps, curves.T, lw=0.7, alpha=0.4, color=colour)
+            axes.plot(steps, curves.mean(0), "o-", ms=3, color=colour, label=arm)
+        axes.set_title(f"{TASKS[name].domain}-{TASKS[name].name}", fontsize=9)
+        axes.set_xlabel("agent steps (updates, for DrQ+BC)")
+        axes.set_ylabel("return per episode")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--steps", type=int, default=9000, help="agent steps of an arm")
+    parser.add_argument("--steps", type=int, help="agent steps of an arm, instead of the task's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=10, help="per seed, of the last policy")
     parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
@@ -253,13 +305,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
     options = parser.parse_args()
     book = Book(options.out / "pixels.json", options.fresh)
-    keys = [key_of(arm, seed, options) for arm in options.arms for seed in range(options.seeds)]
+    keys = [
+        key_of(task, arm, seed, options)
+        for task in options.tasks
+        for seed in range(options.seeds)
+        for arm in options.arms
+    ]
     failed = 0
     if not options.report:
-        book.content["env_steps_per_second"] = frame_rate()
+        rates = book.content.setdefault("env_steps_per_second", {})
+        rates.update({name: frame_rate(TASKS[name]) for name in options.tasks})
         failed = book.train(
             train_one, keys, (options.episodes,), 1,
-            lambda key: f"seed {key['seed']}, {key['arm']}", told_of,
+            lambda key: f"{name_of(key)}, seed {key['seed']}, {key['arm']}", told_of,
         )  # fmt: skip
     text = report(book, keys, options.out)
     if not options.report:
