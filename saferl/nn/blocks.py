@@ -31,7 +31,7 @@ class ManyActions(torch.autograd.Function):
         ctx.save_for_backward(actions, first, last, *hidden)
         networks, states, n, _ = actions.shape
         width = max(base.shape[-1], *(bias.shape[-1] for bias in hidden[1::2]), 1)
-        ctx.size = max(1, BLOCK // (base.element_size() * n * width))
+        ctx.size = min(states, max(1, BLOCK // (base.element_size() * n * width)))
         ctx.units = []  # of each block and layer, after the ReLU
         out = base.new_empty(networks, states * n, last.shape[-1])
         for k in range(networks):
@@ -61,7 +61,7 @@ class ManyActions(torch.autograd.Function):
         # Gradients at the units of one layer and of the next, in the same memory for all blocks.
         rows = ctx.size * n
         width = max(first.shape[-1], *(weight.shape[-1] for weight in weights), 1)
-        here, there = first.new_empty(2, rows * width)
+        here, there = first.new_empty(rows * width), first.new_empty(rows * width)
         blocks = iter(ctx.units)
         for k in range(networks):
             for start in range(0, states, ctx.size):
