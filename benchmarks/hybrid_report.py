@@ -17,6 +17,7 @@ from saferl.evaluation.statistics import bootstrap_interval
 
 Row = dict[str, Any]
 COLUMNS = 3  # of panels
+LEVEL = 0.1  # share of its mean that a level return may differ by
 SAME = {"cartpole, random data": "cartpole"}  # where SAC alone is trained
 UNLIMITED = ("limits", "cost_limit=inf")
 # What is set against what, on each task that has both; of final return and area.
@@ -157,6 +158,36 @@ def explored(rows: Sequence[Row]) -> str:
     return common.table(heads, lines)
 
 
+def settled(rows: Sequence[Row]) -> str:
+    """Markdown: what Q at the probes does once the return is level; empty where none is.
+
+    A return is level from the first evaluation after which no mean of the seeds is further than
+    `LEVEL` from the mean of all of those; that takes four evaluations.
+    """
+    lines = []
+    for row in rows:
+        means, count = row["curve"][:, row["steps"] > 0].mean(0), len(row["probe"][0])
+        steps = row["steps"][row["steps"] > 0]
+        for start in range(count - 3):
+            rest = means[start:]
+            if rest.mean() > 0 and (abs(rest - rest.mean()) <= LEVEL * rest.mean()).all():
+                first, last = row["probe"][:, start], row["probe"][:, -1]
+                low, high = interval(last - first)
+                lines.append(
+                    [row["task"], row["title"], f"{steps[start]} to {steps[-1]}",
+                     f"{rest.mean():.0f}", f"{first.mean():.1f}", f"{last.mean():.1f}",
+                     f"{span((last - first).mean(), (low, high), 1)}, {trend(low, high)}"]
+                )  # fmt: skip
+                break
+    heads = ["task", "method", "steps", "return", "Q at first", "at last", "change"]
+    return common.table(heads, lines) if lines else ""
+
+
+def trend(low: float, high: float) -> str:
+    """Of an interval of a change."""
+    return "rising" if low > 0 else "falling" if high < 0 else "level"
+
+
 def comparisons(rows: Sequence[Row]) -> str:
     """Markdown: differences of final return and of area, with 95 % intervals."""
     found = {(row["task"], row["of"]): row for row in rows}
@@ -208,6 +239,13 @@ def report(rows: Sequence[Row], datasets: dict[str, Any], missing: Sequence[str]
         parts.append(
             "## Comparisons\n\nDifferences, with 95 % intervals; *above* or *below* if the "
             f"interval excludes 0.\n\n{text}\n"
+        )
+    if text := settled(rows):
+        parts.append(
+            "## Q once the return is level\n\nFrom the first evaluation after which the mean "
+            f"return of the seeds stays within {100 * LEVEL:.0f} % of its mean over the rest (four "
+            "evaluations or more): mean Q on the probes there and at the end, and the change with "
+            f"its 95 % interval over seeds.\n\n{text}\n"
         )
     if missing:
         parts.append(f"## Not trained: {len(missing)}\n")

@@ -64,6 +64,10 @@ TASKS = {
         "saferl/PointMaze-Medium-v0", "saferl/pointmaze-medium-planner-v0", 24_000, 2, 4000, 1000,
         12, ("mixed_norm", "online", "moorl_norm", "iql"), SPARSE,
     ),
+    "cartpole, to the end": Task(
+        "dmc/cartpole-swingup-v0", "cartpole-medium", 16_000, 5, 3000, 500, 16,
+        ("mixed_norm", "moorl_norm"),
+    ),
     "cartpole, sparse": Task(
         "dmc/cartpole-swingup_sparse-v0", "cartpole-sparse", 20_000, 5, 4000, 500, 10,
         ("online", "mixed_norm", "meta_norm"), SPARSE,

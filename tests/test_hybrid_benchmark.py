@@ -138,3 +138,26 @@ def test_rows_by_hand():
     text = report.comparisons([one, half])
     assert "| cartpole |" in text and "-1" in text and "cannot tell" in text
     assert "4.5" in report.table([half]) and "–" not in report.table([half])
+
+
+def test_what_q_does_once_the_return_is_level():
+    def row(returns, q):
+        return {
+            "task": "t",
+            "title": "m",
+            "steps": np.arange(7) * 10,
+            "curve": np.array([[0.0, *returns]] * 3),
+            "probe": np.array(q, float),
+        }
+
+    level = [5, 50, 100, 101, 99, 100]
+    text = report.settled(
+        [row(level, [[0, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 5], [0, 0, 1, 2, 3, 6]])]
+    )
+    assert "| 30 to 60 |" in text and "     1.0 |     5.0 | 4.0 [" in text
+    assert text.count("rising") == 1
+    assert "level |" in report.settled(
+        [row(level, [[0, 0, 1, 2, 3, 0], [0] * 6, [0, 0, 1, 1, 1, 2]])]
+    )
+    assert "falling |" in report.settled([row(level, [[9, 9, 9, 9, 9, 1 + m] for m in range(3)])])
+    assert report.settled([row([5, 50, 70, 100, 101, 99], [[0] * 6] * 3)]) == ""  # three are few
