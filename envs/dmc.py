@@ -94,8 +94,8 @@ class DMControlEnv(gymnasium.Env):
         pixels: height and width of a frame; 0 observes the state.
         frame_stack: frames in an observation, oldest first; the first is repeated at the start.
         action_repeat: control steps for which an action is held.
-        shadows: False renders without shadows, reflections and anti-aliasing, several times as
-            fast on a CPU. The pixels differ: use one setting for data and evaluation.
+        shadows: False renders without shadows and reflections, several times as fast on a CPU.
+            The pixels differ: use one setting for data and evaluation.
         camera: None for V-D4RL's.
 
     Raises:
@@ -127,8 +127,7 @@ class DMControlEnv(gymnasium.Env):
         self.camera = (2 if domain == "quadruped" else 0) if camera is None else camera
         self.flags = None
         if not shadows:
-            quality = self.env.physics.model.vis.quality
-            quality.shadowsize = quality.offsamples = 0
+            self.env.physics.model.vis.quality.shadowsize = 0
             self.flags = {"shadow": False, "reflection": False}
         actions = self.env.action_spec()
         self.action_space = Box(
@@ -241,7 +240,7 @@ def record(env: Any, episodes: int, policy: Any = None, seed: int = 0) -> Datase
         reference_returns=(0.0, 1000.0),
         reference_source="V-D4RL, whose scores are returns / 10",
         origin=f"recorded by saferl in dm_control with {suite_task}; not V-D4RL data",
-        notes=() if inner.flags is None else ("rendered without shadows and anti-aliasing",),
+        notes=() if inner.flags is None else ("rendered without shadows",),
     )
     return Dataset.from_arrays(
         Frames(held, rows, begins, stack), np.array(actions), np.array(rewards),
