@@ -32,6 +32,8 @@ PAIRS = (
     (("moorl_norm", ""), ("online", "")),
     (("iql", ""), ("online", "")),
     (("rlpd", ""), ("online", "")),
+    (("cal_ql", ""), ("online", "")),
+    (("wsrl", ""), ("online", "")),
     (("meta_fast", ""), ("meta", "eta=1")),
     (("meta", "eta=0.5"), ("meta", "eta=1")),
     (("meta_norm", "eta=0.9"), ("meta_norm", "eta=1")),
