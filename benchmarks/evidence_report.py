@@ -43,11 +43,11 @@ def summary(entry: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def verdict(low: float, high: float) -> str:
-    """Of a difference, from its interval."""
-    if low > 0:
-        return "above"
-    return "below" if high < 0 else "cannot tell"
+def verdict(
+    low: float, high: float, words: Sequence[str] = ("above", "below", "cannot tell")
+) -> str:
+    """Of a difference, from its interval: the word for more, for less, and for neither."""
+    return words[0] if low > 0 else words[1] if high < 0 else words[2]
 
 
 def pooled(differences: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:

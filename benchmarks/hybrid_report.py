@@ -160,34 +160,38 @@ def explored(rows: Sequence[Row]) -> str:
     return common.table(heads, lines)
 
 
-def settled(rows: Sequence[Row]) -> str:
-    """Markdown: what Q at the probes does once the return is level; empty where none is.
+def level_from(means: np.ndarray) -> int | None:
+    """The first evaluation from which none is further than `LEVEL` from the mean of all of those.
 
-    A return is level from the first evaluation after which no mean of the seeds is further than
-    `LEVEL` from the mean of all of those; that takes four evaluations.
+    Four evaluations or more; None where there are no such.
     """
+    for start in range(len(means) - 3):
+        rest = means[start:]
+        if rest.mean() > 0 and (abs(rest - rest.mean()) <= LEVEL * rest.mean()).all():
+            return start
+    return None
+
+
+def settled(rows: Sequence[Row]) -> str:
+    """Markdown: what Q at the probes does once the return is level; empty where none is."""
     lines = []
     for row in rows:
-        means, count = row["curve"][:, row["steps"] > 0].mean(0), len(row["probe"][0])
-        steps = row["steps"][row["steps"] > 0]
-        for start in range(count - 3):
-            rest = means[start:]
-            if rest.mean() > 0 and (abs(rest - rest.mean()) <= LEVEL * rest.mean()).all():
-                first, last = row["probe"][:, start], row["probe"][:, -1]
-                low, high = interval(last - first)
-                lines.append(
-                    [row["task"], row["title"], f"{steps[start]} to {steps[-1]}",
-                     f"{rest.mean():.0f}", f"{first.mean():.1f}", f"{last.mean():.1f}",
-                     f"{span((last - first).mean(), (low, high), 1)}, {trend(low, high)}"]
-                )  # fmt: skip
-                break
+        acting = row["steps"] > 0
+        steps, means = row["steps"][acting], row["curve"][:, acting].mean(0)
+        start = level_from(means)
+        if start is None:
+            continue
+        first, last = row["probe"][:, start], row["probe"][:, -1]
+        low, high = interval(last - first)
+        change = span((last - first).mean(), (low, high), 1)
+        trend = verdict(low, high, ("rising", "falling", "level"))
+        lines.append(
+            [row["task"], row["title"], f"{steps[start]} to {steps[-1]}",
+             f"{means[start:].mean():.0f}", f"{first.mean():.1f}", f"{last.mean():.1f}",
+             f"{change}, {trend}"]
+        )  # fmt: skip
     heads = ["task", "method", "steps", "return", "Q at first", "at last", "change"]
     return common.table(heads, lines) if lines else ""
-
-
-def trend(low: float, high: float) -> str:
-    """Of an interval of a change."""
-    return "rising" if low > 0 else "falling" if high < 0 else "level"
 
 
 def comparisons(rows: Sequence[Row]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -248,24 +249,51 @@ def behaviour(folder: Path) -> tuple[Any, int]:
     done = folder.with_suffix(".steps")
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        trained, steps = folder.with_name("training"), 1000
-        shutil.rmtree(trained, ignore_errors=True)
         fields = {k: v for k, v in (WIDE | RATES).items() if k != "value_lr"}
-        run = saferl.train(
-            "sac", env=TASKS["cartpole"].env, steps=steps, members=4, seed=77, out=trained,
-            settings=fields | {"random_steps": 500, "utd": 5.0}, eval_interval=500,
-            eval_episodes=2, progress=False,
+        run, means = trained_until(
+            MEDIUM, folder.with_name("training"), TASKS["cartpole"].env, every=500, most=10_000,
+            members=4, episodes=2, settings=fields | {"random_steps": 500, "utd": 5.0},
         )  # fmt: skip
-        while (means := run.evaluation.at(steps).matrix().mean(1)).max() < MEDIUM:
-            print(f"behaviours after {steps} steps: {means.round()}", flush=True)
-            if steps >= 10_000:
-                raise RuntimeError(f"no half-trained policy within {steps} steps")
-            steps += 500
-            run = saferl.resume(trained, steps=steps, progress=False)
-        print(f"behaviours after {steps} steps: {means.round()}", flush=True)
-        saferl.split(trained, folder, int(means.argmax()))
-        done.write_text(str(steps))
+        saferl.split(run.path, folder, int(means.argmax()))
+        done.write_text(str(run.evaluation.steps.max()))
     return saferl.load_agent(folder).policy(), int(done.read_text())
+
+
+def trained_until(
+    least: float,
+    out: Path,
+    env: str | Callable[[], Any],
+    *,
+    every: int,
+    most: int,
+    members: int,
+    episodes: int,
+    settings: dict[str, Any],
+) -> tuple[Any, np.ndarray]:
+    """SAC from the environment alone, to the first evaluation of a member at ``least`` or above.
+
+    It is evaluated each ``every`` steps, and asked from the second evaluation on. Returns the run
+    and the mean returns of its members ``[M]``.
+
+    Raises:
+        RuntimeError: none is that good after ``most`` steps.
+    """
+    import saferl
+
+    shutil.rmtree(out, ignore_errors=True)
+    steps = 2 * every
+    run = saferl.train(
+        "sac", env=env, steps=steps, members=members, seed=77, out=out, settings=settings,
+        eval_interval=every, eval_episodes=episodes, progress=False,
+    )  # fmt: skip
+    while (means := run.evaluation.at(steps).matrix().mean(1)).max() < least:
+        print(f"SAC after {steps} steps: {means.round()}", file=sys.stderr, flush=True)
+        if steps >= most:
+            raise RuntimeError(f"no policy with a return of {least:g} within {steps} steps")
+        steps += every
+        known = None if isinstance(env, str) else env
+        run = saferl.resume(out, env=known, steps=steps, progress=False)
+    return run, means
 
 
 def guard(policy: Any) -> Any:

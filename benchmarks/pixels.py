@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from book import Book, Result
 from evidence_report import pyplot, span, verdict
+from hybrid_tasks import trained_until
 from scores import EVALUATION_SEED, facts_of
 from scores_report import compare
 
@@ -95,19 +96,11 @@ def dataset(name: str) -> Dataset:
         return saferl.load_dataset(folder)
     settings = {"hidden": [64, 64], "batch_size": 128, "random_steps": 500, "utd": 2.0,
                 "reward_scale": 1 / task.repeat, "initial_temperature": 0.1}  # fmt: skip
-    settings |= {f"{name}_lr": 1e-3 for name in ("actor", "critic", "temperature")}
-    teacher, state = work / "teacher", functools.partial(from_state, task)
-    shutil.rmtree(teacher, ignore_errors=True)
-    run = saferl.train("sac", env=state, steps=2000, members=1, seed=77, settings=settings,
-                       out=teacher, eval_interval=1000, eval_episodes=5,
-                       progress=False)  # fmt: skip
-    steps = 2000
-    while (mean := float(run.evaluation.at().matrix().mean())) < 800:
-        print(f"from the state, {steps} steps: {mean:.0f}", file=sys.stderr, flush=True)
-        if steps == 20_000:
-            raise RuntimeError(f"no policy worth filming within {steps} steps")
-        steps += 1000
-        run = saferl.resume(teacher, env=state, steps=steps, progress=False)
+    settings |= {f"{part}_lr": 1e-3 for part in ("actor", "critic", "temperature")}
+    run, _ = trained_until(
+        800, work / "teacher", functools.partial(from_state, task), every=1000, most=20_000,
+        members=1, episodes=5, settings=settings,
+    )  # fmt: skip
     made: list[DMControlEnv] = []
 
     def filmed() -> DMControlEnv:
@@ -209,15 +202,10 @@ def report(book: Book, keys: list[dict[str, Any]], out: Path) -> str:
     finished = [entry for entry in entries if entry["run"]]
     if not finished:
         return "Nothing has been trained at this scale.\n"
-    found = {
-        name: {
-            arm: runs
-            for arm in ARMS
-            if (runs := [e["run"] for e in finished if name_of(e) == name and e["arm"] == arm])
-        }
-        for name in TASKS
-        if any(name_of(entry) == name for entry in finished)
-    }
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for entry in sorted(finished, key=lambda entry: list(ARMS).index(entry["arm"])):
+        arms = found.setdefault(name_of(entry), {})
+        arms.setdefault(entry["arm"], []).append(entry["run"])
     plot(found, out / "pixels.png")
     content = book.content
     parts = [

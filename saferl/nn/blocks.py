@@ -30,8 +30,8 @@ class ManyActions(torch.autograd.Function):
     def forward(ctx, base: Tensor, actions: Tensor, first: Tensor, last: Tensor, *hidden: Tensor):
         ctx.save_for_backward(actions, first, last, *hidden)
         networks, states, n, _ = actions.shape
-        width = max(base.shape[-1], *(bias.shape[-1] for bias in hidden[1::2]), 1)
-        ctx.size = min(states, max(1, BLOCK // (base.element_size() * n * width)))
+        ctx.width = max(base.shape[-1], *(bias.shape[-1] for bias in hidden[1::2]), 1)
+        ctx.size = min(states, max(1, BLOCK // (base.element_size() * n * ctx.width)))
         ctx.units = []  # of each block and layer, after the ReLU
         out = base.new_empty(networks, states * n, last.shape[-1])
         for k in range(networks):
@@ -59,9 +59,7 @@ class ManyActions(torch.autograd.Function):
         dfirst, dlast = torch.zeros_like(first, dtype=wide), torch.zeros_like(last, dtype=wide)
         dhidden = [torch.zeros_like(tensor, dtype=wide) for tensor in hidden]
         # Gradients at the units of one layer and of the next, in the same memory for all blocks.
-        rows = ctx.size * n
-        width = max(first.shape[-1], *(weight.shape[-1] for weight in weights), 1)
-        here, there = first.new_empty(rows * width), first.new_empty(rows * width)
+        here, there = (first.new_empty(ctx.size * n * ctx.width) for _ in range(2))
         blocks = iter(ctx.units)
         for k in range(networks):
             for start in range(0, states, ctx.size):

@@ -75,8 +75,8 @@ class Encoder(nn.Module):
         if self.channels_last:
             x = x.movedim(-1, 2)
         # Convolutions, their gradients above all, are faster on channels that lie side by side.
-        x = x.transpose(0, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
-        x = x.to(self.weights[0].dtype, copy=True)
+        x = x.transpose(0, 1).flatten(1, 2)
+        x = x.to(self.weights[0].dtype, copy=True, memory_format=torch.channels_last)
         x = x.div_(255).sub_(0.5)  # in place: fresh memory for a batch of images is slow to get
         for weight, bias, stride in zip(self.weights, self.biases, self.strides):
             x = F.conv2d(x, weight.flatten(0, 1), bias.flatten(), stride, groups=self.members)
