@@ -80,11 +80,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = {
-        "command": common.command(),
-        "machine": common.machine(),
+    found = common.header() | {
         "cells": [measure(h, utd, options.rounds) for h in (64, 256) for utd in (1, 5)],
-        "when": common.now(),
     }
     common.write_json(FILE, found)
     print(report(found))

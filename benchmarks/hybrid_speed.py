@@ -71,10 +71,7 @@ def speed(rounds: int, hidden: list[int], members: int) -> dict[str, Any]:
                 times[name].append((time.process_time() - start) / count)
     both.close()
     medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "command": common.command(),
-        "when": common.now(),
-        "machine": common.machine(),
+    return common.header() | {
         "hidden": hidden,
         "members": members,
         "rounds": rounds,

@@ -242,6 +242,7 @@ def inductor(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequ
     Raises:
         SaferlError: the compiler failed.
     """
+    from torch._inductor.codecache import cache_dir
     from torch._inductor.exc import InductorError
 
     with warnings.catch_warnings():
@@ -250,4 +251,7 @@ def inductor(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequ
             return torch._inductor.compile(module, inputs)
         except InductorError as error:
             line = str(error).strip().splitlines()[0][:200]
-            raise SaferlError(f"engine compile failed ({line}): use eager") from error
+            raise SaferlError(
+                f"engine compile failed ({line}): use eager, or delete {cache_dir()} if an earlier "
+                "compilation was cut off"
+            ) from error

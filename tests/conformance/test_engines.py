@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saferl.agents.base import Agent
+from saferl.errors import SaferlError
 from saferl.evaluation.rollout import Slots
 from saferl.registry import agent_class
 from saferl.training import compiled
@@ -71,6 +72,19 @@ def test_a_part_that_the_compiler_gets_wrong_runs_as_recorded(monkeypatch):
     expected = eager.agent.state_dict()
     for key, tensor in ours.agent.state_dict().items():
         assert torch.equal(tensor, expected[key]), key
+
+
+def test_a_compiler_that_fails_is_one_line_that_names_its_cache(monkeypatch):
+    from torch._inductor.exc import InductorError
+
+    def fails(module, inputs):
+        raise InductorError(ImportError("x.so: file too short"), "")
+
+    monkeypatch.setattr(torch._inductor, "compile", fails)
+    setup = Setup(agent_class("td3_bc"))
+    with pytest.raises(SaferlError, match="file too short.*use eager, or delete .*inductor") as hit:
+        Engine(setup.agent, setup.buffer, "compile").run(9)
+    assert len(str(hit.value).splitlines()) == 1
 
 
 def acting(cls, kind: str, steps: int) -> dict:
