@@ -4,8 +4,8 @@
     python benchmarks/pixels.py --report    # the report of what there is, no training
 
 Tasks of dm_control at 32 pixels, three frames, PlaNet's action repeats, rendered without shadows.
-The datasets are made here, no published data: SAC learns from the state until an evaluation reaches
-800, then acts stochastically while it is filmed. Each seed trains SAC from pixels alone, SAC with
+The datasets are made here, no published data: SAC learns from the state until it is an expert, then
+acts stochastically while it is filmed. Each seed trains SAC from pixels alone, SAC with
 half of every batch from that dataset, and MOORL with it, for the same environment steps and critic
 steps, and DrQ+BC on the dataset alone for as many updates. A training is added to
 results/pixels.json when it ends; a rerun does those that are missing.
@@ -45,28 +45,42 @@ from saferl.evaluation import rollout
 from saferl.evaluation.statistics import bootstrap_interval
 from saferl.rng import MemberRandom
 
-PIXELS, FILMED, EVALUATIONS = 32, 40, 8
+PIXELS, EVALUATIONS = 32, 8
 
 
 @dataclass(frozen=True)
 class Task:
-    """An environment of dm_control and the scale of its trainings."""
+    """An environment of dm_control, its expert, and the scale of its trainings."""
 
     domain: str
     name: str
     repeat: int  # control steps per agent step
-    steps: int  # agent steps of an arm
+    expert: dict[str, Any]  # of SAC from the state
+    until: dict[str, int]  # what its evaluations must reach
+    filmed: int  # episodes of the dataset
+    episodes: int  # per evaluation while training
+    settings: dict[str, Any]  # of all arms
+    random_steps: int
+    steps: int = 20_000  # agent steps of an arm
 
 
 TASKS = {
-    "cartpole": Task("cartpole", "swingup", 8, 20_000),
-    "ball_in_cup": Task("ball_in_cup", "catch", 4, 20_000),
-}
+    "walker": Task(
+        "walker", "walk", repeat=2, expert={"hidden": [128, 128], "random_steps": 1000, "utd": 1.0},
+        until={"least": 850, "every": 5000, "most": 120_000}, filmed=50, episodes=2,
+        settings={"discount": 0.99, "tau": 0.01}, random_steps=1000,
+    ),
+    "cartpole": Task(
+        "cartpole", "swingup", repeat=8,
+        expert={"hidden": [64, 64], "random_steps": 500, "utd": 2.0},
+        until={"least": 800, "every": 1000, "most": 20_000}, filmed=40, episodes=5,
+        settings={"discount": 0.95, "tau": 0.02}, random_steps=500,
+    ),
+}  # fmt: skip
 COMMON = {"batch_size": 128, "hidden": [128, 128], "channels": [16, 32, 32, 32],
-          "strides": [2, 2, 2, 2], "pad": 2, "actor_lr": 1e-3, "critic_lr": 1e-3, "tau": 0.02,
-          "discount": 0.95}  # fmt: skip
-ACTING = COMMON | {"random_steps": 500, "utd": 1.0, "initial_temperature": 0.1,
-                   "temperature_lr": 1e-3, "critic_layer_norm": True}  # fmt: skip
+          "strides": [2, 2, 2, 2], "pad": 2, "actor_lr": 1e-3, "critic_lr": 1e-3}  # fmt: skip
+ACTING = COMMON | {"utd": 1.0, "initial_temperature": 0.1, "temperature_lr": 1e-3,
+                   "critic_layer_norm": True}  # fmt: skip
 ALONE = "SAC, online only"
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     ALONE: ("sac", ACTING | {"offline_share": 0.0}),
@@ -91,15 +105,14 @@ def from_pixels(task: Task) -> DMControlEnv:
 def dataset(name: str) -> Dataset:
     """Filmed episodes of a policy that sees the state and draws its actions."""
     task, work = TASKS[name], data_dir("pixels")
-    folder = work / f"{name}-filmed-{PIXELS}-{FILMED}"
+    folder = work / f"{name}-filmed-{PIXELS}-{task.filmed}"
     if folder.exists():
         return saferl.load_dataset(folder)
-    settings = {"hidden": [64, 64], "batch_size": 128, "random_steps": 500, "utd": 2.0,
-                "reward_scale": 1 / task.repeat, "initial_temperature": 0.1}  # fmt: skip
+    settings = {"batch_size": 128, "reward_scale": 1 / task.repeat, "initial_temperature": 0.1}
     settings |= {f"{part}_lr": 1e-3 for part in ("actor", "critic", "temperature")}
     run, _ = trained_until(
-        800, work / "teacher", functools.partial(from_state, task), every=1000, most=20_000,
-        members=1, episodes=5, settings=settings,
+        out=work / "teacher", env=functools.partial(from_state, task), members=1, episodes=5,
+        settings=settings | task.expert, **task.until,
     )  # fmt: skip
     made: list[DMControlEnv] = []
 
@@ -116,7 +129,7 @@ def dataset(name: str) -> Dataset:
         with torch.no_grad():
             return policy.sample(torch.from_numpy(state)[None, None], random)
 
-    data = record(filmed, FILMED, acts, seed=1)
+    data = record(filmed, task.filmed, acts, seed=1)
     shutil.rmtree(work / "unfinished", ignore_errors=True)
     data.save(work / "unfinished")
     (work / "unfinished").rename(folder)
@@ -130,14 +143,14 @@ def key_of(name: str, arm: str, seed: int, options: argparse.Namespace) -> dict[
     """What identifies a training, but for the data's fingerprint."""
     (agent, settings), task = ARMS[arm], TASKS[name]
     steps = options.steps or task.steps
-    own = {"noise_steps": steps} if agent == "drq_bc" else {}
+    own = {"noise_steps": steps} if agent == "drq_bc" else {"random_steps": task.random_steps}
     return {
         "dataset": f"{name}-filmed",
         "arm": arm,
         "agent": agent,
         "seed": seed,
         "steps": steps,
-        "settings": settings | {"reward_scale": 1 / task.repeat} | own,
+        "settings": settings | task.settings | {"reward_scale": 1 / task.repeat} | own,
     }
 
 
@@ -149,7 +162,8 @@ def name_of(key: dict[str, Any]) -> str:
 def train_one(key: dict[str, Any], episodes: int, done: list[str]) -> Result:
     """Facts of the dataset, and the finished training (None if the fingerprint is in ``done``)."""
     name = name_of(key)
-    env = functools.partial(from_pixels, TASKS[name])
+    task = TASKS[name]
+    env = functools.partial(from_pixels, task)
     data, start = dataset(name), time.process_time()
     facts = facts_of(data)
     if facts["fingerprint"] in done:
@@ -159,7 +173,7 @@ def train_one(key: dict[str, Any], episodes: int, done: list[str]) -> Result:
         run = saferl.train(
             key["agent"], data, env=env, steps=key["steps"], members=1, seed=key["seed"],
             out=Path(folder) / "run", settings=key["settings"], engine="compile",
-            eval_interval=-(-key["steps"] // EVALUATIONS), eval_episodes=5,
+            eval_interval=-(-key["steps"] // EVALUATIONS), eval_episodes=task.episodes,
             checkpoint_interval=key["steps"], progress=False,
         )  # fmt: skip
         seconds = time.process_time() - start
