@@ -212,6 +212,10 @@ class CostLimited:
         self.cost_critic = CostCritic(init, spec.observation_dim, spec.action_dim, hidden)
         self.cost_optimizer = self.adam(self.cost_critic.online, lr=lr)
 
+    def cost_backup(self, batch: Batch, next_actions: Tensor) -> Tensor:
+        """y_c ``[M, B]``."""
+        return self.cost_critic.backup(batch, self.scalar("cost_discount"), next_actions)
+
     def learn_costs(self, batch: Batch, next_actions: Tensor) -> tuple[Tensor, Tensor]:
         """Step the cost critic, and take the costs into c̄.
 
@@ -222,7 +226,7 @@ class CostLimited:
             y_c ``[M, B]`` and the loss ``[M]``.
         """
         self.constraint.observe(costs_of(batch))
-        backup = self.cost_critic.backup(batch, self.scalar("cost_discount"), next_actions)
+        backup = self.cost_backup(batch, next_actions)
         loss = self.cost_critic.loss(batch, backup)
         self.minimise(self.cost_optimizer, loss)
         return backup, loss.detach()

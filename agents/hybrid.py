@@ -25,9 +25,7 @@ class HybridConfig(AgentConfig):
     """Fields of agents that act in an environment while they learn."""
 
     utd: float = 0.0  # critic steps per environment step; 0: one update per step
-    sampling: str = (
-        "mixed"  # mixed: a share of every batch; block, alternate: one source per update
-    )
+    sampling: str = "mixed"  # a share of every batch; block, alternate: one source per update
     offline_share: float = 0.5  # of rows (mixed), or of updates in the long run (block)
     share_rule: str = "constant"  # annealed: to final_share; proportional: to the rows of each
     final_share: float = 0.0  # of the annealed share, reached after anneal_steps
@@ -59,10 +57,10 @@ class HybridConfig(AgentConfig):
                 )
         if self.share_rule == "annealed" and not self.anneal_steps:
             raise SaferlError("an annealed share needs anneal_steps, 1 or more environment steps")
-        if self.sampling == "mixed" and isinstance(self.offline_share, tuple):
+        if self.sampling != "block" and isinstance(self.offline_share, tuple):
             raise SaferlError(
                 "offline_share can differ between members only with sampling=block: mixed batches "
-                "of one run have one share"
+                "of one run have one share, and alternate has half"
             )
 
     @property

@@ -4,7 +4,9 @@ The losses do not change; the policy acts by sampling. By default the dataset an
 are drawn from as one buffer, as CORL's fine-tuning does. Give ``offline_steps``, or begin with the
 networks of an `iql` run (``--from RUN``).
 
-Deviation from CORL: the rate of the actor falls over ``actor_decay_steps`` updates of both phases.
+The actor's rate is constant, as in the authors' configuration for fine-tuning (ikostrikov,
+implicit_q_learning). Deviation from CORL: there it falls along a cosine to 0 at the end of the
+updates on the dataset, and rises along the same cosine from there.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ class IQLFinetuneConfig(HybridConfig, IQLConfig):
 
     share_rule: str = "proportional"
     random_steps: int = 0
+    actor_decay_steps: int = 0
 
 
 class IQLFinetune(IQL):

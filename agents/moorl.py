@@ -87,7 +87,7 @@ class MOORL(SAC):
         if c.acting == "fast":
             self.fast_actor = self.target_of(self.actor)
         moving = [*self.actor.parameters(), *self.critic.parameters()]
-        if self.constraint is not None and c.meta_step == "reptile":
+        if self.constraint is not None:
             moving += self.cost_critic.online.parameters()
         if c.meta_temperature:
             moving.append(self.log_temperature)
@@ -95,7 +95,7 @@ class MOORL(SAC):
         self._meta = [torch.empty_like(p, device=self.device) for p in moving]  # φ_m, θ_m
         self._back: float | list[Tensor] = 1 - self.scalar("eta", 0)
         if isinstance(self._back, Tensor):  # one η per member
-            self._back = [_like(self._back, p) for p in moving]
+            self._back = [(1 - self.scalar("eta", p.dim() - 1)).expand_as(p) for p in moving]
 
     def adam(self, *networks: nn.Module | nn.Parameter, lr: float) -> torch.optim.Optimizer:
         """The inner optimiser."""
@@ -117,17 +117,23 @@ class MOORL(SAC):
             return self.policy()
         return Policy(self.fast_actor, self.spec, self.members).to(self.device)
 
+    def warm_start(self, state: dict[str, Tensor]) -> None:
+        super().warm_start(state)
+        if self.config.acting == "fast" and not any(k.startswith("fast_actor.") for k in state):
+            polyak(self.fast_actor, self.actor, 1.0)
+
     def learn(self, batch: Batch) -> Metrics:
         c = self.config
         with torch.no_grad():
             torch._foreach_copy_(self._meta, self._moving)
             if c.inner_optimizer == "adam_reset":
                 self._reset_moments()
-        metrics = self.inner_loop(batch)
+        inner = super().batch_rows
+        metrics = self.inner_loop(batch.rows(0, inner) if self.batch_rows > inner else batch)
         if c.acting == "fast":
             polyak(self.fast_actor, self.actor, 1.0)
         if c.meta_step == "gradient":
-            self._gradient_step(batch.rows(c.inner_steps * c.batch_size, self.batch_rows))
+            self._gradient_step(batch.rows(inner, self.batch_rows))
         else:
             self.meta_step()
         if c.target_follows == "meta":
@@ -155,27 +161,26 @@ class MOORL(SAC):
             torch._foreach_zero_(slots)
 
     def _gradient_step(self, batch: Batch) -> None:
-        """φ_m, θ_m minus η times the gradients of L_π and L_Q at the fast weights (S5)."""
-        loss, q = self.critic_loss(batch, self.target(batch)[0])
-        of_critic = torch.autograd.grad(loss.sum(), [*self.critic.parameters()])
+        """φ_m, θ_m minus η times the gradients of L_π, L_Q and L_Qc at the fast weights (S5)."""
+        target, next_actions = self.target(batch)
+        loss, q = self.critic_loss(batch, target)
+        of_critics = torch.autograd.grad(loss.sum(), [*self.critic.parameters()])
+        if self.constraint is not None:
+            loss = self.cost_critic.loss(batch, self.cost_backup(batch, next_actions))
+            of_critics += torch.autograd.grad(loss.sum(), [*self.cost_critic.online.parameters()])
         loss, *_ = self.actor_loss(batch, q)
         of_actor = torch.autograd.grad(loss.sum(), [*self.actor.parameters()])
-        rate = self.scalar("eta", 0)
         with torch.no_grad():
             torch._foreach_copy_(self._moving, self._meta)
-            for p, gradient in zip(self._moving, (*of_actor, *of_critic)):
-                p.sub_(gradient * (_like(rate, p) if isinstance(rate, Tensor) else rate))
+            for p, gradient in zip(self._moving, (*of_actor, *of_critics), strict=True):
+                p.sub_(gradient * self.scalar("eta", p.dim() - 1))
 
     def adapted(self, batch: Batch) -> Policy:
         """The policy that K further SAC steps would make (S14); the agent stays as it is.
 
-        ``batch``: ``[M, K · batch_size]``, rows that the members gathered.
+        ``batch``: rows that the members gathered, as many as K steps take: ``[M, K · batch_size]``,
+        or ``[M, batch_size]`` without ``fresh_batches``.
         """
         twin = copy.deepcopy(self)
         twin.inner_loop(batch)
         return twin.policy()
-
-
-def _like(column: Tensor, parameter: Tensor) -> Tensor:
-    """A value per member ``[M]`` in the shape of a parameter ``[M, …]``."""
-    return column.view(-1, *(1,) * (parameter.dim() - 1)).expand_as(parameter)

@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,9 @@ from saferl.data.buffer import Batch
 from saferl.errors import SaferlError, unknown
 from saferl.nn import QEnsemble, TanhGaussianActor, orthogonal, polyak, torch_default, xavier
 from saferl.rng import MemberRandom
+from saferl.safety.limits import no_costs
 
-from .base import Agent, Metrics
+from .base import Agent, Metrics, per_member
 from .costs import CostConfig, CostLimited
 from .hybrid import HybridConfig, at_least
 from .pixels import PixelConfig, SeesPixels
@@ -101,6 +103,17 @@ class SAC(CostLimited, SeesPixels, Agent):
         {"discount", "cost_penalty", "cost_limit", "cost_discount", "multiplier_lr"}
         | {"exploration_budget"}
     )
+
+    @classmethod
+    def prepare(cls, dataset: Any, config: SACConfig) -> Any:
+        """All of the dataset.
+
+        Raises:
+            SaferlError: it has no costs, and a limit or a price for them is set.
+        """
+        if any(per_member(config, "cost_penalty")) and dataset.costs is None:
+            raise SaferlError(no_costs(dataset.card.id, "a cost_penalty"))
+        return super().prepare(dataset, config)
 
     def build(self, init: MemberRandom) -> None:
         c, o, a = self.config, self.inputs, self.spec.action_dim

@@ -299,12 +299,22 @@ class OnlineBuffer(ReplayBuffer):
         offsets = torch.tensor([m * self.capacity for m in members], device=index.device)
         return self.gather(index + offsets[:, None])
 
-    def of_member(self, member: int) -> tuple[Batch, np.ndarray]:
-        """All rows of a member from the oldest to the latest, ``[1, n]``, and ``ends`` ``[n]``."""
+    def order(self, member: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers of a member from the oldest to the latest, and ``ends``, each ``[n]``."""
         last = int(self.added[member])
         index = np.arange(last - int(self.sizes[member]), last) % self.capacity
-        rows = torch.from_numpy(member * self.capacity + index)[None]
-        return self.gather(rows), self.ends[member, index]
+        return member * self.capacity + index, self.ends[member, index]
+
+    def of_member(self, member: int) -> tuple[Batch, np.ndarray]:
+        """All rows of a member from the oldest to the latest, ``[1, n]``, and ``ends`` ``[n]``."""
+        index, ends = self.order(member)
+        return self.gather(torch.from_numpy(index)[None]), ends
+
+    def observed(self, index: np.ndarray, ends: np.ndarray) -> tuple[Any, Any]:
+        """Observations and next observations of rows that are in `order`, as of a `Dataset`."""
+        batch = self.gather(torch.from_numpy(index)[None])
+        both = batch.observations, batch.next_observations
+        return tuple(self.spec.raw_observations(part[0].cpu().numpy()) for part in both)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, rows included."""

@@ -171,6 +171,22 @@ class OnlineFrameBuffer(OnlineBuffer):
             next_observations=frames[:, 1:].reshape(shape),
         )
 
+    def observed(self, index: np.ndarray, ends: np.ndarray) -> tuple[Any, Any]:
+        """As `Frames` where the environment's observations are known to be stacks."""
+        stack, rows = self.spec.frame_stack, torch.from_numpy(index).to(self.device)
+        frames = self.frames[rows].cpu().numpy()
+        if stack == 1:
+            return frames[:, 0], frames[:, 1]
+        first = np.flatnonzero(np.append(True, ends[:-1]))
+        held, at, start, known = [], [], [], 0
+        for begin, end in zip(first, [*first[1:], len(index)]):
+            held += [frames[begin, :stack], frames[begin:end, stack]]
+            at.append(known + stack - 1 + np.arange(end - begin))
+            start.append(np.full(stack + end - begin, known))
+            known += stack + end - begin
+        held, at, start = map(np.concatenate, (held, at, start))
+        return Frames(held, at, start, stack), Frames(held, at + 1, start, stack)
+
     def _by_member(self) -> Tensor:
         return self.frames.view(self.members, self.capacity, *self.frames.shape[1:])
 

@@ -45,13 +45,13 @@ def _check_spaces(name: str, spaces: _Spaces, spec: Any) -> None:
     advice = "use the environment that the data come from"
     if spaces.observation_dim != spec.observation_dim:
         raise SaferlError(
-            f"{name} has observations of {spaces.observation_dim} numbers, but the policy was "
-            f"trained on {spec.observation_dim}: {advice}"
+            f"{name} has observations of {spaces.observation_dim} numbers, but "
+            f"{spec.observation_dim} are expected: {advice}"
         )
     wanted = _actions(spec.discrete, spec.action_dim)
     found = _actions(spaces.discrete, spaces.action_dim)
     if wanted != found:
-        raise SaferlError(f"{name} takes {found}, but the policy gives {wanted}: {advice}")
+        raise SaferlError(f"{name} takes {found}, but {wanted} are expected: {advice}")
 
 
 def _actions(discrete: bool, size: int) -> str:
@@ -168,18 +168,26 @@ class Slots:
                 "data come from, or give the dataset its action_low and action_high"
             )
 
-    def narrower(self, spec: Any) -> list[str]:
-        """A line where the actions of ``spec`` fill less than the environment's bounds."""
+    def remarks(self, spec: Any, horizon: int | None = None) -> list[str]:
+        """A line where the actions of ``spec`` fill less than the environment's bounds, and where
+        its episodes have another ``horizon`` than those of the data."""
+        lines = []
+        if horizon and self.known_horizon and horizon != self.known_horizon:
+            lines.append(
+                f"an episode of {self.name} has at most {self.known_horizon} steps, but one of the "
+                f"data {horizon}: costs and returns per episode are not the same thing in both"
+            )
         if spec.discrete:
-            return []
+            return lines
         width = np.float32(spec.action_high) - np.float32(spec.action_low)
-        if (width >= 0.99 * (self.spaces.high - self.spaces.low)).all():
-            return []
-        return [
-            f"{self.name} takes actions in {_interval(self.spaces.low, self.spaces.high)}, but "
-            f"those of the data lie in {_interval(spec.action_low, spec.action_high)}, and so will "
-            "all actions that are tried"
-        ]
+        if (width < 0.99 * (self.spaces.high - self.spaces.low)).any():
+            lines.append(
+                f"{self.name} takes actions in "
+                f"{_interval(self.spaces.low, self.spaces.high)}, but those of the data lie in "
+                f"{_interval(spec.action_low, spec.action_high)}, and so will all actions that are "
+                "tried"
+            )
+        return lines
 
     def begin(self, seeds: int | np.ndarray) -> None:
         """Forget whatever ran before. ``seeds``: one for all slots, or one per slot ``[B]``."""

@@ -181,9 +181,9 @@ def limit_warnings(dataset: Any, limits: Sequence[float]) -> list[str]:
     return lines
 
 
-def no_costs(dataset_id: str) -> str:
-    """What to tell a user who sets a limit on data without costs."""
+def no_costs(dataset_id: str, what: str = "a cost limit") -> str:
+    """What to tell a user who sets a limit, or ``what``, on data without costs."""
     return (
-        f"a cost limit is set but {dataset_id} has no costs: attach them with "
+        f"{what} is set but {dataset_id} has no costs: attach them with "
         "Dataset.with_costs(function), or map a cost column"
     )

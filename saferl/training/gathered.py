@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from saferl.data.buffer import Batch, OnlineBuffer
+from saferl.data.buffer import ReplayBuffer, online_buffer_class
 from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
 from saferl.registry import agent_class
@@ -24,7 +25,8 @@ def gathered(run: str | Path, member: int | None = None) -> Dataset:
 
     To rounding where the agent's units are others (normalised observations, scaled rewards, actions
     outside [-1, 1]). An episode that was still running ends in a timeout. Costs are None where the
-    environment reported none.
+    environment reported none. Pixels are `Frames`, or whole images for a run without a dataset,
+    which does not know of stacks.
 
     Args:
         run: folder of a run whose agent acts.
@@ -43,31 +45,30 @@ def gathered(run: str | Path, member: int | None = None) -> Dataset:
         raise SaferlError(f"no member {member}: {run} has {members}, counted from 0")
     cls, spec = agent_class(header["agent"]), Spec.from_dict(header["spec"])
     kept, width = own["rows"].shape[1:]
-    actions = 1 if spec.discrete else spec.action_dim
-    costs = width - 2 * spec.observation_dim - actions - 2 - cls.needs_returns
-    buffer = OnlineBuffer(spec, kept, header["seeds"], "cpu", bool(costs), cls.needs_returns)
+    returns = cls.needs_returns
+    costs = ReplayBuffer(spec, 1, header["seeds"], costs=True, returns=returns).width == width
+    buffer = online_buffer_class(spec)(spec, kept, header["seeds"], "cpu", costs, returns)
     buffer.load_state_dict(own)
-    parts, ends = [], []
-    for m in range(members) if member is None else [member]:
-        batch, last = buffer.of_member(m)
-        last[-1:] = True
-        parts.append(batch)
-        ends.append(last)
-    batch, last = Batch.concatenate(parts, 1), np.concatenate(ends)
+    orders = [buffer.order(m) for m in (range(members) if member is None else [member])]
+    for _, ends in orders:
+        ends[-1:] = True
+    index, last = map(np.concatenate, zip(*orders))
     if not len(last):
         raise SaferlError(f"{run} has not acted yet: there are no rows")
+    observations, next_observations = buffer.observed(index, last)
+    batch = ReplayBuffer.gather(buffer, torch.from_numpy(index)[None])  # without pixels
     fields = {name: None if f is None else f[0].numpy() for name, f in batch._asdict().items()}
     terminals = fields["terminals"].astype(bool)
-    known = bool(costs) and bool(state["engine.has_costs"])
+    known = costs and bool(state["engine.has_costs"])
     config = folder.config()
     bounds = {"action_low": spec.action_low, "action_high": spec.action_high}
     return Dataset.from_arrays(
-        observations=spec.raw_observations(fields["observations"]),
+        observations=observations,
         actions=fields["actions"] if spec.discrete else spec.raw_actions(fields["actions"]),
         rewards=spec.raw_rewards(fields["rewards"]),
         terminals=terminals,
         timeouts=last & ~terminals,
-        next_observations=spec.raw_observations(fields["next_observations"]),
+        next_observations=next_observations,
         costs=fields["costs"] if known else None,
         id=f"{folder.path.name}-online",
         env_id=config["env"] if config["env"] != OBJECT else None,

@@ -249,7 +249,8 @@ class HybridEngine(Engine):
 
         ``exploration_cost``: cost of all environment steps so far; ``train_return``, ``train_cost``
         and ``train_length``: means of the episodes that ended since the last reading;
-        ``guard_changed``: share of the steps since then at which a guard chose another action.
+        ``guard_changed``: share of the steps since then at which a guard chose another action;
+        ``exploring``: 0 once the exploration budget is spent.
         """
         means = super().read()
         some = self.finished[:, 3] > 0
@@ -263,6 +264,8 @@ class HybridEngine(Engine):
             self.replaced[:] = 0
         if self.slots.has_costs:
             means["exploration_cost"] = self.spent.copy()
+        if np.isfinite(self.budget).any():
+            means["exploring"] = self.exploring.astype(float)
         return means
 
     def state_dict(self) -> dict[str, Tensor]:

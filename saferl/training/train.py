@@ -294,7 +294,7 @@ def _execute(
         spec = _spec(rows, slots, config, start)
         if slots is not None:
             slots.check(spec)
-            for line in slots.narrower(spec):
+            for line in slots.remarks(spec, None if rows is None else rows.card.horizon):
                 say(f"warning: {line}")
         own_rows = config.online_capacity or plan["steps"] - config.offline_steps if cls.acts else 0
         need = announce(
@@ -349,10 +349,18 @@ def _execute(
 
 def _spec(rows: Dataset | None, slots: Slots | None, config: Any, start: tuple | None) -> Spec:
     """The task as the agent sees it: a checkpoint's, the dataset's or the environment's."""
+    own = None if rows is None else Spec.from_dataset(rows, config)
     if start is not None:
-        return Spec.from_dict(start[1]["spec"])
-    if rows is not None:
-        return Spec.from_dataset(rows, config)
+        theirs = Spec.from_dict(start[1]["spec"])
+        for name in ("observation_dim", "action_dim", "discrete", "image"):
+            if own is not None and getattr(own, name) != getattr(theirs, name):
+                raise SaferlError(
+                    f"{name} is {getattr(theirs, name)} in the run to start from and "
+                    f"{getattr(own, name)} in {rows.card.id}: start from a run on the same task"
+                )
+        return theirs
+    if own is not None:
+        return own
     if config.normalize_observations or config.normalize_rewards:
         raise SaferlError(
             "there is no dataset to normalise by: pass --dataset, or leave out "

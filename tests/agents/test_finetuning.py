@@ -175,6 +175,15 @@ def test_pre_training_and_fine_tuning_end_to_end(point, tmp_path):
         run("sac", tmp_path / "x", None, start_from=first.path)
 
 
+def test_the_actor_of_iql_goes_on_learning_when_it_acts(point, tmp_path):
+    """Begun with the networks of a run at whose end its rate was 0."""
+    settings = TINY | {"actor_decay_steps": 20}
+    first = run("iql", tmp_path / "first", point, steps=20, settings=settings)
+    again = run("iql_finetune", tmp_path / "again", point, start_from=first.path, settings=TINY)
+    for before, after in zip(first.agent.actor.parameters(), again.agent.actor.parameters()):
+        assert not torch.equal(before, after)
+
+
 def test_a_method_of_fine_tuning_says_that_it_begins_with_random_networks(tmp_path, capsys):
     settings = TINY | {"critics": 2}
     run("wsrl", tmp_path / "first", None, steps=5, settings=settings, progress=True)

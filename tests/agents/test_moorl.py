@@ -373,6 +373,45 @@ def test_under_a_limit_the_cost_critic_is_meta_averaged_too():
         assert not torch.equal(fast, before)
 
 
+def test_a_meta_gradient_moves_the_cost_critic_from_where_it_was():
+    """From φ_m by -η times its gradient at the fast weights, on rows that no inner step saw."""
+    agent = limited.make(
+        MOORL, cost_limit=1.0, inner_steps=2, batch_size=B, eta=1e-9, meta_step="gradient",
+        actor_steps="all",
+    )  # fmt: skip
+    moved = [*agent.actor.parameters(), *agent.critic.parameters()]
+    moved += agent.cost_critic.online.parameters()
+    start = [p.detach().clone() for p in moved]
+    seen = []
+    inner = agent.inner_loop
+    agent.inner_loop = lambda batch: (seen.append(batch), inner(batch))[1]
+    agent.update(limited.costly(agent, 1, agent.batch_rows))
+    for now, before in zip(moved, start):
+        torch.testing.assert_close(now, before, rtol=0, atol=1e-6)
+    assert seen[0].rewards.shape[1] == 2 * B and agent.batch_rows == 3 * B
+    one, two = (
+        limited.make(MOORL, cost_limit=1.0, inner_steps=2, batch_size=B, eta=eta,
+                     meta_step="gradient")
+        for eta in (0.1, 0.2)
+    )  # fmt: skip
+    for each in (one, two):
+        before = [p.detach().clone() for p in each.cost_critic.online.parameters()]
+        each.update(limited.costly(each, 1, each.batch_rows))
+        each.moved = [p - b for p, b in zip(each.cost_critic.online.parameters(), before)]
+    for short, long in zip(one.moved, two.moved):
+        assert short.any()
+        torch.testing.assert_close(long, 2 * short, rtol=1e-3, atol=1e-6)
+
+
+def test_what_acts_first_is_the_policy_that_the_run_starts_from():
+    source = make("sac", **RATES)
+    source.update(make_batch(source, 1, source.batch_rows))
+    agent = make("moorl", **RATES, acting="fast")
+    agent.warm_start(source.state_dict())
+    for ours, theirs in zip(agent.behaviour().actor.parameters(), source.actor.parameters()):
+        assert torch.equal(ours, theirs)
+
+
 def test_environment_steps_per_iteration():
     """S2: one by default, which is a UTD of K; K for a UTD of 1."""
     for settings, updates in (({}, 30), ({"utd": 1.0}, 10)):

@@ -12,6 +12,7 @@ import torch
 import saferl
 from saferl.data.buffer import OnlineBuffer, online_buffer_class
 from saferl.data.frame_buffer import OnlineFrameBuffer
+from saferl.data.frames import Frames
 from saferl.errors import SaferlError
 from saferl.registry import agent_class
 from saferl.rng import MemberRandom
@@ -191,6 +192,43 @@ def test_without_a_dataset(tmp_path):
     run = saferl.train("sac", env=Columns, steps=8, members=1, settings=QUICK, out=tmp_path / "r",
                        eval_interval=0, eval_episodes=1, progress=False)  # fmt: skip
     assert run.agent.spec.image == (3, 12, 13) and run.agent.updates == 5
+
+
+@pytest.mark.parametrize("capacity", [0, 16])
+@pytest.mark.parametrize("alone", [True, False])
+def test_gathered_pixels_are_what_members_saw(alone, capacity, tmp_path):
+    """With a dataset without costs and without any, and of a ring that was written over."""
+    settings = QUICK | {"online_capacity": capacity}
+    run = saferl.train(
+        "sac", None if alone else pixels(), env=Columns, steps=20, members=2, settings=settings,
+        out=tmp_path / "r", eval_interval=0, eval_episodes=1, progress=False,
+    )  # fmt: skip
+    data = saferl.gathered(run.path)
+    kept = capacity or 20
+    assert data.timeouts.nonzero()[0].tolist() == [kept - 9, kept - 1, 2 * kept - 9, 2 * kept - 1]
+    assert data.costs is None and isinstance(data.observations, Frames) is not alone
+    env, row = Columns(), 0
+    own = [saferl.gathered(run.path, member=m) for m in range(2)]
+    for m, one in enumerate(own):
+        seen = [env.reset(seed=m * 1_000_003 + episode)[0] for episode in (0, 1)]
+        assert np.array_equal(one.observations[kept - 8], seen[1])
+        if not capacity:
+            assert np.array_equal(one.observations[0], seen[0])
+        for row in range(kept - 8, kept):  # the second episode, played again
+            assert np.array_equal(one.observations[row], np.concatenate(env.frames))
+            following, reward, *_ = env.step(one.actions[row])
+            assert np.array_equal(one.next_observations[row], following)
+            assert one.rewards[row] == pytest.approx(reward)
+        assert np.array_equal(data.observations[m * kept : (m + 1) * kept], one.observations[:])
+    path = data.save(tmp_path / ("whole.npz" if alone else "episodes"))
+    again = saferl.load_dataset(path)
+    first = 0 if not capacity else 2  # that layout knows nothing from before an episode's first row
+    for name in ("observations", "next_observations", "actions", "rewards"):
+        ours, theirs = (getattr(one, name)[first:kept] for one in (data, again))
+        assert np.array_equal(ours, theirs), name
+    run = saferl.train("drq_bc", again, steps=2, members=1, settings=SMALL | {"batch_size": 4},
+                       out=tmp_path / "again", progress=False)  # fmt: skip
+    assert run.agent.updates == 2
 
 
 def test_what_pixels_cannot_do():

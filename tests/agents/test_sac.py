@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from saferl.errors import SaferlError
+from saferl.registry import agent_class
 
 from . import limited
 from .reference import MEMBERS, B, float64, gradients, make, make_batch, moved
@@ -75,6 +76,13 @@ def test_coefficients_reach(before, after):
     one, two = results
     differing = {k for k in one if any(not torch.equal(a, b) for a, b in zip(one[k], two[k]))}
     assert {"actor", "critic"} <= differing
+
+
+def test_a_price_on_data_without_costs_is_refused():
+    data, cls = limited.bare(limited.walk()), agent_class("sac")
+    with pytest.raises(SaferlError, match="a cost_penalty is set but .* has no costs"):
+        cls.prepare(data, cls.make_config({"cost_penalty": [0.0, 1.0]}))
+    assert cls.prepare(data, cls.make_config({})) is data
 
 
 def test_costs_without_a_price_change_nothing():

@@ -131,6 +131,16 @@ def test_recorded_data_are_v_d4rl_files_and_train(pixels, tmp_path):
     cloned = dmc.record(lambda: Short(pixels, 7), 1, run.policy(), seed=10_000)
     assert cloned.rewards.sum() == pytest.approx(run.evaluation.returns[0], rel=1e-4)
 
+    own = load_dataset(cloned.save(tmp_path / "walker_walk" / "cloned"))
+    settings = small | {"inner_steps": 2, "random_steps": 3, "offline_share": 0.5}
+    run = saferl.train(
+        "moorl", own, env=lambda: Short(pixels, 7), steps=9, members=1, eval_interval=0,
+        eval_episodes=1, out=tmp_path / "moorl", settings=settings, progress=False,
+    )  # fmt: skip
+    assert run.agent.updates == 6
+    mine = saferl.gathered(run.path)
+    assert len(mine) == 9 and mine.observations.frames.shape[1:] == (3, 64, 64)
+
 
 def test_record_wants_pixels():
     with pytest.raises(SaferlError, match="record is for pixels"):

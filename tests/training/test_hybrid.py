@@ -466,8 +466,11 @@ def test_an_exploration_budget_ends_exploring_and_says_so(point, tmp_path, capsy
     assert state["engine.buffer.online.added"].tolist() == [20, 60]
     assert state["engine.acting.spent"].tolist() == [10, 30]
     assert run.agent.updates == 50  # with what it has
-    text = (run.path / "metrics.csv").read_text()
-    assert "exploration_cost" in text.splitlines()[0]
+    heads, *_, first, second = (
+        line.split(",") for line in (run.path / "metrics.csv").read_text().splitlines()
+    )
+    assert "exploration_cost" in heads
+    assert [float(row[heads.index("exploring")]) for row in (first, second)] == [0, 1]
     longer = saferl.resume(run.path, dataset=point, env=Toll, steps=70, device="cpu",
                            progress=False)  # fmt: skip
     assert RunFolder(longer.path).load()[0]["engine.buffer.online.added"].tolist() == [20, 70]
@@ -490,13 +493,17 @@ BAD = [
         {"settings": {"offline_share": 1.5}},
         "offline_share must be 0 or more and at most 1, got 1.5",
     ),
+    (
+        {"settings": {"sampling": "alternate", "offline_share": [0.2, 0.9]}},
+        "only with sampling=block",
+    ),
     ({"settings": {"sampling": "mixd"}}, "unknown sampling 'mixd': did you mean 'mixed'"),
     ({"settings": {"share_rule": "annealed"}}, "needs anneal_steps"),
     ({"settings": {"offline_steps": 61}}, "offline_steps = 61 is more than the 60 steps"),
     ({"settings": {"offline_steps": 6}, "data": None}, "pass --dataset"),
     ({"settings": {"target_critics": 3}}, "target_critics = 3 of critics = 2"),
     ({"settings": {"normalize_observations": True}, "data": None}, "no dataset to normalise by"),
-    ({"env": "Pendulum-v1"}, "Pendulum-v1 has observations of 3 numbers, but .* trained on 2"),
+    ({"env": "Pendulum-v1"}, "Pendulum-v1 has observations of 3 numbers, but 2 are expected"),
     ({"env": None, "data": "envless"}, "acts in an environment, but none is known: pass --env"),
     ({"data": "wide"}, r"takes actions in \[-2, 2\], but those of the data lie in \[-5, 5\]"),
     ({"env": Silent, "settings": {"exploration_budget": 5.0}}, "Silent reports no cost"),
@@ -544,6 +551,27 @@ def test_a_run_that_compiles_resumes(point, tmp_path, monkeypatch):
     for key, tensor in left.items():
         torch.testing.assert_close(right[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
     assert whole.agent.updates == 33
+
+
+def test_a_dataset_of_another_task_than_the_run_to_start_from_is_one_line(point, tmp_path):
+    quick(tmp_path / "first", steps=10)
+    wide = saferl.Dataset.from_arrays(
+        np.zeros((40, 3)), np.zeros((40, 1)), np.zeros(40), np.zeros(40), np.arange(40) % 20 == 19,
+        id="wide",
+    )  # fmt: skip
+    with pytest.raises(SaferlError, match="observation_dim is 2 in the run .* and 3 in wide"):
+        quick(tmp_path / "second", wide, start_from=tmp_path / "first")
+    assert not (tmp_path / "second").exists()
+
+
+def test_episodes_of_another_length_are_a_warning(point, tmp_path, capsys):
+    for name, horizon in (("other", 50), ("same", 20)):
+        quick(
+            tmp_path / name, point.with_card(horizon=horizon), progress=True, steps=10,
+            env=lambda: gymnasium.wrappers.TimeLimit(PointEnv(), 20),
+        )  # fmt: skip
+        warned = "has at most 20 steps, but one of the data 50" in capsys.readouterr().out
+        assert warned is (name == "other")
 
 
 def test_a_dataset_of_narrower_actions_is_a_warning(tmp_path, capsys):
