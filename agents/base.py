@@ -25,7 +25,7 @@ from saferl.rng import MemberRandom
 from saferl.safety.limits import no_costs
 from saferl.spec import Spec
 
-from .config import AgentConfig, convert, per_member
+from .config import AgentConfig, at_least, convert, per_member
 
 Metrics = dict[str, Tensor]  # name → [M], on the device
 
@@ -120,7 +120,12 @@ class Agent:
         for key in values:
             if key not in fields:
                 raise unknown("config key", key, fields)
-        return cls.Config(**{k: convert(k, v, fields[k].default) for k, v in values.items()})
+        config = cls.Config(**{k: convert(k, v, fields[k].default) for k, v in values.items()})
+        for name in {"batch_size", "policy_interval"} & fields.keys():
+            at_least(config, name, 1)
+        if any(units < 1 for units in config.hidden):
+            raise SaferlError(f"a hidden layer has 1 or more units, got {list(config.hidden)}")
+        return config
 
     # What a method provides.
 

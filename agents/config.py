@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,20 @@ def per_member(config: AgentConfig, name: str, members: int = 1) -> list[float]:
     return list(value) if isinstance(value, tuple) else [value] * members
 
 
+def at_least(config: Any, name: str, least: int) -> None:
+    """Raise `SaferlError` where a whole number of a config is smaller."""
+    if getattr(config, name) < least:
+        raise SaferlError(f"{name} must be {least} or more, got {getattr(config, name)}")
+
+
+def between(config: Any, name: str, low: float, high: float, above: bool = False) -> None:
+    """Raise `SaferlError` where a number is outside [low, high], or (low, high] with ``above``."""
+    lower = f"above {low:g} and" if above else f"{low:g} or more and"
+    for value in per_member(config, name):
+        if not low <= value <= high or (above and value == low):
+            raise SaferlError(f"{name} must be {lower} at most {high:g}, got {value:g}")
+
+
 def convert(key: str, value: Any, default: Any) -> Any:
     """``value`` in the type of the field's default; a list where a number belongs is per member."""
     try:
@@ -35,7 +50,7 @@ def convert(key: str, value: Any, default: Any) -> Any:
         if isinstance(value, (list, tuple)):
             if isinstance(default, bool) or not isinstance(default, (int, float)):
                 raise TypeError
-            return tuple(float(v) for v in value)
+            return tuple(_number(v) for v in value)
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise TypeError
@@ -47,7 +62,7 @@ def convert(key: str, value: Any, default: Any) -> Any:
         if isinstance(default, float):
             if isinstance(value, bool):
                 raise TypeError
-            return float(value)
+            return _number(value)
         if isinstance(default, str):
             return str(value)
         return value
@@ -55,6 +70,12 @@ def convert(key: str, value: Any, default: Any) -> Any:
         raise SaferlError(
             f"{key} = {value!r} is not {_article(default)}: its default is {default!r}"
         ) from None
+
+
+def _number(value: Any) -> float:
+    if math.isnan(number := float(value)):
+        raise ValueError
+    return number
 
 
 def _article(default: Any) -> str:

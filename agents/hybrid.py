@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from saferl.errors import SaferlError, unknown
 
-from .base import AgentConfig, per_member
+from .config import AgentConfig, at_least, between, per_member
 
 SAMPLING = ("mixed", "block", "alternate")
 SHARES = ("constant", "annealed", "proportional")
@@ -72,17 +71,3 @@ class HybridConfig(AgentConfig):
     def critic_steps(self) -> int:
         """Critic steps per update."""
         return 1
-
-
-def at_least(config: Any, name: str, least: int) -> None:
-    """Raise `SaferlError` where a whole number of a config is smaller."""
-    if getattr(config, name) < least:
-        raise SaferlError(f"{name} must be {least} or more, got {getattr(config, name)}")
-
-
-def between(config: Any, name: str, low: float, high: float, above: bool = False) -> None:
-    """Raise `SaferlError` where a number is outside [low, high], or (low, high] with ``above``."""
-    lower = f"above {low:g} and" if above else f"{low:g} or more and"
-    for value in per_member(config, name):
-        if not low <= value <= high or (above and value == low):
-            raise SaferlError(f"{name} must be {lower} at most {high:g}, got {value:g}")

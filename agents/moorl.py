@@ -37,7 +37,7 @@ from saferl.nn import Policy, polyak
 from saferl.rng import MemberRandom
 
 from .base import Metrics
-from .hybrid import between
+from .config import between
 from .sac import SAC, SACConfig
 
 CHOICES = {

@@ -41,8 +41,9 @@ from saferl.rng import MemberRandom
 from saferl.safety.limits import no_costs
 
 from .base import Agent, Metrics, per_member
+from .config import at_least
 from .costs import CostConfig, CostLimited
-from .hybrid import HybridConfig, at_least
+from .hybrid import HybridConfig
 from .pixels import PixelConfig, SeesPixels
 
 ACTOR_STEPS = ("each", "last", "all")

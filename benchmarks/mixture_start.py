@@ -64,7 +64,7 @@ def policy_of(agent: str, data: Any, members: int, updates: int) -> Any:
         run = saferl.train(
             agent, data, steps=updates, members=members, out=Path(folder) / "run",
             settings=evidence.settings_of(agent, DATASET, scale), device="cpu", eval_interval=0,
-            engine="compile" if agent in evidence.COMPILED else "auto", progress=False,
+            engine="compile", progress=False,
         )  # fmt: skip
         return run.policy()
 

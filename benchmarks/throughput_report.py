@@ -15,13 +15,14 @@ PEER_TARGETS = {"td3_bc": 1.5, "iql": 1.5, "cql": 1.2}  # d3rlpy's sample + upda
 PLAIN_TARGETS = {  # our update / the plain one's, at most (CPU)
     ("a2pr", "saferl"): 0.85,
     ("a2pr", "saferl compile"): 0.85,
-    ("a2pr", "saferl bf16"): 0.5,  # where the CPU has AMX, as is the next
+    ("a2pr", "saferl bf16"): 0.5,
     ("cql", "saferl bf16"): 0.45,
 }
+NEEDS_AMX = {("a2pr", "saferl bf16")}
 FLOOR_TARGETS = {"a2pr": 1.8, "cql": 1.8}  # update / floor in fp32, at most (CPU)
 SAMPLING_TARGET = 0.03  # of an update, at most; in long runs with logging, of the loop
 MINUTES = {("a2pr", 1): 4, ("a2pr", 16): 15, ("td3_bc", 1): 2, ("cql", 1): 8}  # GPU, a million
-MEMORY_TARGET = 0.1  # deviation from the estimate, at most (GPU)
+MEMORY_TARGET = 0.1  # deviation from the estimate, at most
 
 HEADS = {
     "beside": ["agent", "side", "ms", "update ms", "sampling", "time / ours", "80 % of rounds",
@@ -167,9 +168,8 @@ def verdicts(document: dict[str, Any]) -> list[str]:
     for row in parts.get("beside", {}).get("rows", []):
         if cpu:
             lines += beside_verdicts(row, document["machine"].get("amx", False))
-    if not cpu:
-        for row in parts.get("long", {}).get("rows", []):
-            lines += long_verdicts(row)
+    for row in parts.get("long", {}).get("rows", []):
+        lines += long_verdicts(row, cpu)
     return lines
 
 
@@ -185,30 +185,28 @@ def beside_verdicts(row: dict[str, Any], amx: bool) -> list[str]:
         if name != agent:
             continue
         what = f"{agent}: update of {side} / of the plain implementation"
-        if side == "saferl bf16" and not (amx and side in sides):
+        if (name, side) in NEEDS_AMX and not amx:
             lines.append(f"not on this machine: {what} (target ≤ {target:g} where there is AMX)")
         elif side in sides and "plain" in sides:
             ratio = sides[side]["update_over_ours"] / sides["plain"]["update_over_ours"]
             lines.append(verdict(what, ratio, target))
-    if agent in PEER_TARGETS | FLOOR_TARGETS:
-        lines.append(
-            verdict(f"{agent}: sampling / update", ours["sampling_share"], SAMPLING_TARGET)
-        )
+    lines.append(verdict(f"{agent}: sampling / update", ours["sampling_share"], SAMPLING_TARGET))
     if agent in FLOOR_TARGETS:
         lines.append(verdict(f"{agent}: update / floor", ours["over_floor"], FLOOR_TARGETS[agent]))
     return lines
 
 
-def long_verdicts(row: dict[str, Any]) -> list[str]:
-    """Of the float32 run; the reference card is one H200."""
+def long_verdicts(row: dict[str, Any], cpu: bool) -> list[str]:
+    """Of the float32 run; the reference card for minutes is one H200."""
     lines = []
     for run in row.get("rows", []):
         if run.get("precision") != "fp32" or "minutes_per_million" not in run:
             continue
         what = f"{row['agent']}, {run['members']} members"
-        target = MINUTES[row["agent"], run["members"]]
-        minutes = run["minutes_per_million"]
-        lines.append(verdict(f"{what}: minutes per million updates", minutes, target))
+        if not cpu:
+            target = MINUTES[row["agent"], run["members"]]
+            minutes = run["minutes_per_million"]
+            lines.append(verdict(f"{what}: minutes per million updates", minutes, target))
         for name in ("logging", "sampling"):
             if isinstance(share := run[f"{name}_share"], float):
                 lines.append(verdict(f"{what}: {name} / loop", share, SAMPLING_TARGET))

@@ -1,4 +1,4 @@
-"""The command line: ``saferl train|evaluate|inspect|list|report|collect``.
+"""The command line: ``saferl train|evaluate|inspect|list|report|collect|split|merge``.
 
 Heavy imports happen inside the commands, so that ``saferl --help`` answers at once. A `SaferlError`
 becomes one line and exit status 2; Ctrl-C exits with 130 after a checkpoint was written.

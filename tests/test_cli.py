@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -41,6 +43,23 @@ def test_train_evaluate_report_inspect_collect(data, tmp_path, capsys):
     out = capsys.readouterr().out
     for word in ("td3_bc", "discrete_cql", "hopper-medium-v2", "HopperVelocity-v0", "EpiCare1-v0"):
         assert word in out
+
+
+def test_members_are_split_and_merged(data, tmp_path, capsys):
+    assert main(["train", "bc", "--dataset", data, *QUICK]) == 0
+    capsys.readouterr()
+    assert main(["split", "runs/bc-point", "--out", "parts"]) == 0
+    parts = capsys.readouterr().out.split()
+    assert [Path(part).name for part in parts] == ["member-0", "member-1"]
+    assert main(["merge", *reversed(parts), "--out", "both"]) == 0
+    assert capsys.readouterr().out.strip() == "both"
+    assert RunFolder("both").config()["members"] == ["seed=1", "seed=0"]
+    assert main(["evaluate", "both", "--episodes", "2"]) == 0
+    capsys.readouterr()
+    assert main(["split", "both", "--out", "one", "--member", "2"]) == 2
+    assert main(["merge", parts[0], parts[0], "--out", "twin"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 2 and "independent seed" in error
 
 
 def test_the_embedded_default_keeps_a_limit_that_its_data_break(tmp_path, monkeypatch, capsys):
@@ -117,6 +136,14 @@ MISTAKES = {
             "HopperVelocity"),
     "key": (["train", "--dataset", "point.npz", "--set", "alpa=1"], "'alpha'"),
     "set": (["train", "--dataset", "point.npz", "--set", "alpha"], "KEY=VALUE"),
+    "twice": (["train", "--dataset", "point.npz", "--set", "alpha=1,2,1"], "has a value twice"),
+    "nan": (["train", "--dataset", "point.npz", "--set", "alpha=nan"], "nan is not a number"),
+    "batch": (["train", "--dataset", "point.npz", "--set", "batch_size=0"],
+              "batch_size must be 1 or more, got 0"),
+    "interval": (["train", "--dataset", "point.npz", "--set", "policy_interval=0"],
+                 "policy_interval must be 1 or more, got 0"),
+    "units": (["train", "--dataset", "point.npz", "--set", "hidden=8,0"], "has 1 or more units"),
+    "device": (["train", "--dataset", "point.npz", "--device", "meta"], "'meta' cannot be used"),
     "option": (["train", "--dataset", "point.npz", "--dataset-option", "horizn=3"], "'horizon'"),
     "spaces": (["train", "--dataset", "point.npz", "--env", "CartPole-v1"], "4 numbers"),
     "threads": (["train", "--dataset", "point.npz", "--threads", "0"], "threads must be 1"),
@@ -138,7 +165,7 @@ MISTAKES = {
     "collect env": (["collect", "random", "x.npz"], "--env"),
     "collect suffix": (["collect", "random", "x.txt", "--env", ENV, "--steps", "9"], "x.txt"),
     "truncated": (["inspect", "half.hdf5"], "half.hdf5"),
-    "nan": (["inspect", "nan.npz"], "row 3, column 1"),
+    "nan in data": (["inspect", "nan.npz"], "row 3, column 1"),
     "length": (["inspect", "short.npz"], "rewards"),
     "missing": (["inspect", "missing.npz"], "rewards"),
     "action": (["inspect", "wild.npz"], "actions[2, 0]"),

@@ -189,6 +189,12 @@ def _compiled(calls: Sequence[Call], needed: set[int]) -> Callable[[dict[int, Te
     recorded = fx.GraphModule(nn.Module(), graph)
     function = inductor(copy.deepcopy(recorded), tensors)
     if not _agree(function, recorded, tensors):
+        warnings.warn(
+            f"engine compile: {len(calls)} operations come out otherwise when they are compiled, "
+            "and run as recorded",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         function = recorded
 
     def step(values: dict[int, Tensor]) -> None:

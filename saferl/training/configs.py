@@ -73,7 +73,8 @@ def resolve(
     have one value per member, and the members.
 
     Raises:
-        SaferlError: a list where the agent has no such per-member field.
+        SaferlError: an unknown field; a list that is empty or has a value twice, which would look
+            like another seed.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     for key in settings:
@@ -84,6 +85,10 @@ def resolve(
         for key, value in settings.items()
         if isinstance(value, (list, tuple)) and not isinstance(defaults[key], tuple)
     }
+    for key, values in lists.items():
+        if not values or len(set(values)) < len(values):
+            problem = "a value twice" if values else "no values"
+            raise SaferlError(f"{key} has {problem}: give each once, and more seeds with members")
     combinations = list(itertools.product(*lists.values()))
     columns = [seed for _ in combinations for seed in seeds]
     expanded = dict(settings)

@@ -132,9 +132,12 @@ class Loop:
         for name, values in metrics.items():
             if not np.isfinite(values).all():
                 member = self.names[int(np.argmin(np.isfinite(values)))]
+                kept = self.folder.steps()
+                where = f"the last checkpoint is of step {kept[-1]}" if kept else "none was saved"
                 raise SaferlError(
-                    f"{name} of member {member} is not finite at step {self.step}: the last "
-                    f"checkpoint is in {self.folder.checkpoints}; lower a learning rate"
+                    f"{name} of member {member} is not finite at step {self.step}: lower a "
+                    f"learning rate, look at the rewards' scale ({where} in "
+                    f"{self.folder.checkpoints})"
                 )
 
     def _evaluate(self, bar) -> None:

@@ -11,9 +11,10 @@ costs about as much time as a dozen updates of the run, and draws no global rand
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +86,16 @@ class Estimate:
             )
         raise SaferlError(f"{need}: {self._advice(fit)}")
 
+    @contextlib.contextmanager
+    def guarding(self, place: Callable[[], tuple[int, Any]]) -> Iterator[None]:
+        """Put `out_of_memory` of ``place()``, step and path, where an allocation fails within."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self.out_of_memory(*place()) from error
+
     def out_of_memory(self, step: int, path: Any = None) -> SaferlError:
         """The error that replaces torch's when memory runs out at ``step`` of the run at ``path``.
 
@@ -96,7 +107,13 @@ class Estimate:
         else:
             held = self.shared + self.members * self.state
         fit = min(self.fits(free_memory(self.device) + held), self.members - 1)
-        rest = "" if path is None or not fit else f"; `saferl split {path}` continues them apart"
+        rest = (
+            ""
+            if path is None or not fit
+            else (
+                f"; or take members out of {path} with `saferl split` and continue each by itself"
+            )
+        )
         return SaferlError(
             f"out of memory on {self.device} at step {step} with {_count(self.members)} of "
             f"{human(self.each)}: {self._advice(fit)}{rest}"
@@ -144,7 +161,8 @@ def estimate(
         dataset: for agents that override `Agent.fit`, which learns from its first 2048 rows here;
             tables as long as the dataset are then underestimated.
 
-    Activations count as the eager engine holds them; a compiled one needs less. On CUDA the
+    Activations count as the eager engine holds them. A compiled update needs less, but while it is
+    recorded and compiled, once, all that an update computes is held at the same time. On CUDA the
     allocator's own figures are used, which include cuBLAS's workspaces. Memory inside a CPU kernel
     and what the allocator leaves unused between its blocks are not seen.
 

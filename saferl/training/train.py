@@ -23,7 +23,7 @@ from saferl.training.configs import constrain, published, resolve
 from saferl.training.engine import Engine, check_precision, part, pick_engine
 from saferl.training.hybrid import HybridEngine, returns_to_go
 from saferl.training.loop import Loop, Run, restore
-from saferl.training.memory import announce, is_out_of_memory
+from saferl.training.memory import announce
 from saferl.training.run import OBJECT, RunFolder
 
 KEPT_CHECKPOINTS = 2  # the last and, should the disk lose it, the one before
@@ -302,6 +302,10 @@ def _execute(
             plan["precision"], costs=rows is None or rows.costs is not None,
             memory_map=memory_map is not None, own_rows=own_rows, dataset=rows,
         )  # fmt: skip
+        loop: Loop | None = None
+        stack.enter_context(need.guarding(
+            lambda: (loop.step if loop else 0, folder.path if folder.steps() else None)
+        ))  # fmt: skip
         evaluator = None
         if env is not None:  # as many environments as members: only now is it known that they fit
             evaluator = stack.enter_context(Evaluator(env, len(seeds), plan["eval_episodes"]))
@@ -336,12 +340,7 @@ def _execute(
                 )
             folder = RunFolder.create(folder.path, plan, card)
         loop = Loop(folder, plan, agent, engine, evaluator, say, progress)
-        try:
-            run = loop.run(resumed)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise need.out_of_memory(loop.step, folder.path if folder.steps() else None) from error
+        run = loop.run(resumed)
         if (line := need.peak()) is not None:
             say(line)
         return run
@@ -418,7 +417,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise SaferlError(f"device {name!r} cannot be used: {reason}") from None

@@ -50,11 +50,6 @@ def test_files_name_fields_and_families_that_exist(agent):
         ("iql", "hopper-medium-v2", {"expectile": 0.7, "beta": 3.0, "normalize_rewards": True}),
         ("iql", "antmaze-umaze-v2", {"expectile": 0.9, "beta": 10.0, "reward_shift": -1.0}),
         # Authors' values, and guesses beside them.
-        ("a2pr", "halfcheetah-medium-expert-v2", {"alpha": 40.0, "mask": 15.0, "discount": 0.99}),
-        ("a2pr", "halfcheetah-medium-replay-v2", {"mask": 0.8, "discount": 0.995}),
-        ("a2pr", "hopper-medium-v2", {"alpha": 2.5, "mask": 0.4, "discount": 0.995}),
-        ("a2pr", "hopper-random-v2", {"vae_weight": 1.5, "mask": 1.5, "discount": 0.995}),
-        ("a2pr", "walker2d-medium-replay-v2", {"vae_weight": 1.5, "mask": 1.2}),
         ("a2pr", "walker2d-random-v2", {"vae_weight": 1.5, "mask": 1.5, "discount": 0.99}),
         ("a2pr", "antmaze-umaze-v2", {"alpha": 7.5, "reward_scale": 1e4, "reward_shift": -1.0}),
         ("a2pr", "pen-human-v1", {"alpha": 2.5, "vae_weight": 1.0, "mask": 0.5}),
@@ -64,6 +59,26 @@ def test_files_name_fields_and_families_that_exist(agent):
 def test_published_values(agent, dataset, expected):
     config = agent_class(agent).make_config(published(agent, f"d4rl/{dataset}"))
     assert {key: getattr(config, key) for key in expected} == expected
+
+
+A2PR = {  # the authors' alpha, vae_weight, mask and discount
+    "halfcheetah-medium": (40, 1.0, 1.0, 0.99),
+    "halfcheetah-medium-replay": (40, 1.5, 0.8, 0.995),
+    "halfcheetah-medium-expert": (40, 1.0, 15.0, 0.99),
+    "hopper-random": (2.5, 1.5, 1.5, 0.995),
+    "hopper-medium": (2.5, 1.0, 0.4, 0.995),
+    "hopper-medium-replay": (2.5, 1.5, 0.5, 0.99),
+    "hopper-medium-expert": (2.5, 1.0, 4.0, 0.99),
+    "walker2d-medium": (2.5, 1.5, 1.0, 0.99),
+    "walker2d-medium-replay": (2.5, 1.5, 1.2, 0.995),
+    "walker2d-medium-expert": (2.5, 1.0, 0.8, 0.99),
+}
+
+
+@pytest.mark.parametrize("dataset", A2PR)
+def test_published_values_of_a2pr(dataset):
+    config = agent_class("a2pr").make_config(published("a2pr", f"d4rl/{dataset}-v2"))
+    assert (config.alpha, config.vae_weight, config.mask, config.discount) == A2PR[dataset]
 
 
 def test_a2pr_says_which_values_are_published():

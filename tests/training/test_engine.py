@@ -107,9 +107,10 @@ def test_noted_draws_are_drawn_again():
     assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(again, handed, expected))
 
 
-def test_bf16_products_and_float32_everything_else():
+@pytest.mark.parametrize("name", ["td3_bc", "cql", "a2pr"])
+def test_bf16_products_and_float32_everything_else(name):
     """Products are rounded to 8 bits; weights, losses and the policy are not."""
-    settings = {"hidden": [32, 32]}
+    settings = {"name": name, "hidden": [32, 32]}
     exact, rounded = engine("eager", **settings), engine("eager", precision="bf16", **settings)
     exact.run(20)
     rounded.run(20)
@@ -118,7 +119,7 @@ def test_bf16_products_and_float32_everything_else():
     ours, theirs = rounded.read(), exact.read()
     for key in theirs:
         assert ours[key] == pytest.approx(theirs[key], rel=0.05, abs=0.05), key
-        assert (ours[key] != theirs[key]).any(), key
+    assert (ours["critic_loss"] != theirs["critic_loss"]).all()
     # The policy is computed in float32 from float32 weights.
     rounded.agent.load_state_dict(exact.agent.state_dict())
     rows = torch.randn(3, 5, 3)

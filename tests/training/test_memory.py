@@ -277,7 +277,8 @@ def test_out_of_memory_says_how_many_members_fit(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 100 * MIB)
     assert str(example().out_of_memory(1200, "runs/a")) == (
         "out of memory on cpu at step 1200 with 16 members of 58.0 MiB: 12 members fit "
-        "(--members 12); `saferl split runs/a` continues them apart"
+        "(--members 12); or take members out of runs/a with `saferl split` and continue each by "
+        "itself"
     )
     # If all should have fitted, one less is the most that can be promised.
     monkeypatch.setattr(memory, "free_memory", lambda device: 10_000 * MIB)
@@ -285,6 +286,18 @@ def test_out_of_memory_says_how_many_members_fit(monkeypatch):
     assert str(example(1).out_of_memory(0, "runs/a")).endswith(
         "not even one fits: lower batch_size or the sizes of hidden layers with --set"
     )
+
+
+def test_memory_that_runs_out_before_the_first_update_is_one_line(monkeypatch, tmp_path):
+    def fails(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(ReplayBuffer, "from_dataset", fails)
+    with pytest.raises(SaferlError, match="out of memory on cpu at step 0 with 2 members"):
+        saferl.train(
+            "bc", point_dataset(), steps=1, members=2, out=tmp_path / "run", progress=False
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_failed_allocations_are_recognised():
