@@ -136,6 +136,8 @@ MISTAKES = {
             "HopperVelocity"),
     "key": (["train", "--dataset", "point.npz", "--set", "alpa=1"], "'alpha'"),
     "set": (["train", "--dataset", "point.npz", "--set", "alpha"], "KEY=VALUE"),
+    "words": (["train", "iql_finetune", "--dataset", "point.npz", "--set",
+               "sampling=mixed,block"], "sampling cannot differ between members"),
     "twice": (["train", "--dataset", "point.npz", "--set", "alpha=1,2,1"], "has a value twice"),
     "nan": (["train", "--dataset", "point.npz", "--set", "alpha=nan"], "nan is not a number"),
     "batch": (["train", "--dataset", "point.npz", "--set", "batch_size=0"],
@@ -174,7 +176,8 @@ MISTAKES = {
     "nan limit": (["train", "bc", "--dataset", "point.npz", "--cost-limit", "nan"],
                   "number of 0 or more per episode, got nan"),
     "no limit": (["train", "--cost-limit", "ten"], "invalid float value: 'ten': see saferl train"),
-    "no option": (["evaluate", "runs/x", "--limit", "3"], "unrecognized arguments: --limit"),
+    "no option": (["evaluate", "runs/x", "--limit", "3"],
+                  "unrecognized arguments: --limit 3: see saferl evaluate --help"),
     "nan limit to learn under": (
         ["train", "cpq", "--dataset", "point.npz", "--set", "cost_limit=5,nan"],
         "number of 0 or more per episode (or inf for no limit), got nan",

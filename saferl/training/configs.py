@@ -73,8 +73,8 @@ def resolve(
     have one value per member, and the members.
 
     Raises:
-        SaferlError: an unknown field; a list that is empty or has a value twice, which would look
-            like another seed.
+        SaferlError: an unknown field; a list for one that is a word or true or false; a list that
+            is empty or has a value twice, which would look like another seed.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     for key in settings:
@@ -86,6 +86,8 @@ def resolve(
         if isinstance(value, (list, tuple)) and not isinstance(defaults[key], tuple)
     }
     for key, values in lists.items():
+        if isinstance(defaults[key], (str, bool)):
+            raise SaferlError(f"{key} cannot differ between members: give it one value")
         if not values or len(set(values)) < len(values):
             problem = "a value twice" if values else "no values"
             raise SaferlError(f"{key} has {problem}: give each once, and more seeds with members")
