@@ -39,19 +39,21 @@ class Task:
 SPARSE = {"entropy_backup": False}
 ROBOT = {"steps": 8000, "utd": 1, "pretraining": 4000, "random_steps": 1000, "evaluations": 4,
          "methods": ("limits", "limits_guarded", "online", "moorl", "moorl_norm", "iql",
-                     "moorl_guarded", "rlpd", "cal_ql", "wsrl")}  # fmt: skip
+                     "moorl_guarded", "rlpd", "cal_ql", "wsrl", "one_buffer", "mixed", "blocks",
+                     "moorl_limit", "online_limit", "rlpd_limit")}  # fmt: skip
 TASKS = {
     "cartpole": Task(
         "dmc/cartpole-swingup-v0", "cartpole-medium", 3000, 5, 3000, 500, 3,
         ("online", "meta", "mixed_norm", "mixed_meta", "meta_fast", "moorl_norm", "one_buffer",
-         "rlpd", "iql", "cal_ql", "wsrl", "meta_20"),
+         "rlpd", "iql", "cal_ql", "wsrl", "meta_20", "rlpd_20"),
     ),
     "cartpole, random data": Task(
         "dmc/cartpole-swingup-v0", "cartpole-random", 3000, 5, 3000, 500, 3, ("meta", "mixed_norm"),
     ),
     "pointmaze": Task(
         "saferl/PointMaze-Medium-v0", "saferl/pointmaze-medium-planner-v0", 8000, 2, 4000, 1000, 4,
-        ("mixed_norm", "online", "iql", "moorl_norm", "rlpd", "cal_ql", "wsrl"), SPARSE,
+        ("mixed_norm", "online", "iql", "moorl_norm", "rlpd", "cal_ql", "wsrl", "one_buffer",
+         "mixed", "blocks", "moorl"), SPARSE,
     ),
     "hopper": Task("saferl/HopperVelocity-v0", "saferl/hopper-velocity-medium-v0", **ROBOT),
     "halfcheetah": Task(
@@ -95,6 +97,7 @@ LIMITS = {"cost_limit": [math.inf, LIMIT]}
 METHODS = {
     "online": Method("SAC, online only", "sac", {"offline_share": 0.0}),
     "one_buffer": Method("SAC, one buffer", "sac", {"share_rule": "proportional"}),
+    "mixed": Method("SAC 50/50", "sac"),
     "mixed_norm": Method("SAC 50/50 + LayerNorm", "sac", NORM),
     "mixed_meta": Method(
         "50/50 batches, K 5", "moorl", {"eta": [1.0, 0.5], "sampling": "mixed"}, 5
@@ -103,14 +106,24 @@ METHODS = {
     "meta_fast": Method("MOORL, K 5, η 0.9", "moorl", {"eta": 0.9}, 5),
     "meta_norm": Method("MOORL, K 5 + LayerNorm", "moorl", {"eta": [1.0, 0.9], **NORM}, 5),
     "meta_20": Method("MOORL, K 20", "moorl", {"eta": [1.0, 0.5]}, 20),
+    "blocks": Method("blocks, K 5, η 1: no meta step", "moorl", {"eta": 1.0}, 5),
     "moorl": Method("MOORL, K 5, η 0.5", "moorl", {"eta": 0.5}, 5),
     "moorl_norm": Method("MOORL, K 5, η 0.5 + LayerNorm", "moorl", {"eta": 0.5, **NORM}, 5),
     "rlpd": Method("RLPD, same UTD", "rlpd", {}, 0),
+    "rlpd_20": Method("RLPD, UTD 20", "rlpd", {"utd": 20.0}, 20),
     "iql": Method("IQL, fine-tuned", "iql_finetune", {"actor_decay_steps": 0}),
     "cal_ql": Method("Cal-QL", "cal_ql", {"samples": 4}),
     "wsrl": Method("WSRL, from Cal-QL", "wsrl", {}, 0),
     "limits": Method("SAC 50/50 + LayerNorm", "sac", {**LIMITS, **NORM}),
     "limits_guarded": Method("SAC 50/50 + LayerNorm, guard", "sac", {**LIMITS, **NORM}, None, True),
+    "online_limit": Method(
+        "SAC, online only, limit 40", "sac", {"offline_share": 0.0, "cost_limit": LIMIT}
+    ),
+    "moorl_limit": Method(
+        "MOORL, K 5, η 0.5 + LayerNorm, limit 40", "moorl",
+        {"eta": 0.5, "cost_limit": LIMIT, **NORM}, 5,
+    ),
+    "rlpd_limit": Method("RLPD, same UTD, limit 40", "rlpd", {"cost_limit": LIMIT}, 0),
     "moorl_guarded": Method(
         "MOORL, K 5, η 0.5 + LayerNorm, guard, limit 40",
         "moorl",
@@ -118,7 +131,7 @@ METHODS = {
         5,
         True,
     ),
-}
+}  # fmt: skip
 # Of a group of seeds, where the values do not say enough.
 VARIANTS = {
     ("meta", "eta=1"): "blocks, K 5, η 1: no meta step",
