@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +49,7 @@ def convert(key: str, value: Any, default: Any) -> Any:
         if isinstance(value, (list, tuple)):
             if isinstance(default, bool) or not isinstance(default, (int, float)):
                 raise TypeError
-            return tuple(_number(v) for v in value)
+            return tuple(float(v) for v in value)
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise TypeError
@@ -62,7 +61,7 @@ def convert(key: str, value: Any, default: Any) -> Any:
         if isinstance(default, float):
             if isinstance(value, bool):
                 raise TypeError
-            return _number(value)
+            return float(value)
         if isinstance(default, str):
             return str(value)
         return value
@@ -70,12 +69,6 @@ def convert(key: str, value: Any, default: Any) -> Any:
         raise SaferlError(
             f"{key} = {value!r} is not {_article(default)}: its default is {default!r}"
         ) from None
-
-
-def _number(value: Any) -> float:
-    if math.isnan(number := float(value)):
-        raise ValueError
-    return number
 
 
 def _article(default: Any) -> str:
