@@ -97,8 +97,8 @@ class HybridEngine(Engine):
         slots.begin(np.array([(seed * SEEDS) % 2**31 for seed in seeds]))
         slots.episode[:] = -1
         shape = () if slots.spaces.discrete else (slots.spaces.action_dim,)
-        kind = np.int64 if slots.spaces.discrete else np.float32
-        self.actions = np.zeros((len(seeds), slots.horizon, *shape), kind)  # of running episodes
+        dtype = np.int64 if slots.spaces.discrete else np.float32
+        self.actions = np.zeros((len(seeds), slots.horizon, *shape), dtype)  # of running episodes
         self.episodes = np.zeros((len(seeds), 3))  # return, cost, length so far
         self.finished = np.zeros((len(seeds), 4))  # their sums since the last reading, and count
         self.proposals = [_Proposal(agent.spec) for _ in seeds]

@@ -331,6 +331,12 @@ def _execute(
         if not resumed:
             if start is not None:
                 agent.warm_start(part(start[0], "agent."))
+                if cls.acts and config.random_steps:
+                    say(
+                        f"warning: the first {config.random_steps} environment steps take random "
+                        "actions, not the policy's that the run starts from: --set random_steps=0 "
+                        "lets it act, and --set start_steps=N before the first update"
+                    )
             elif rows is not None:
                 agent.fit(rows, say)
             if start is None and cls.pretrained:

@@ -422,7 +422,7 @@ def test_a_policy_that_is_not_finite_is_not_kept(point, tmp_path, monkeypatch):
 # Warm start ---------------------------------------------------------------------------------------
 
 
-def test_a_run_starts_from_another_ones_networks_and_units(point, tmp_path):
+def test_a_run_starts_from_another_ones_networks_and_units(point, tmp_path, capsys):
     first = quick(tmp_path / "first", point, settings=TINY | {"normalize_observations": True})
     second = quick(tmp_path / "second", settings=TINY | {"random_steps": 0, "start_steps": 99},
                    start_from=first.path)  # fmt: skip
@@ -436,8 +436,10 @@ def test_a_run_starts_from_another_ones_networks_and_units(point, tmp_path):
     assert RunFolder(second.path).config()["start_from"] == str(first.path)
     saferl.resume(second.path, steps=70, device="cpu", progress=False)
     one = quick(tmp_path / "one", members=1, steps=20)
-    many = quick(tmp_path / "many", members=3, start_from=one.path, steps=12)
+    assert "take random actions" not in capsys.readouterr().out
+    many = quick(tmp_path / "many", members=3, start_from=one.path, steps=12, progress=True)
     assert many.agent.members == 3  # one member for all
+    assert "the first 10 environment steps take random actions" in capsys.readouterr().out
     with pytest.raises(SaferlError, match="has 2 members and this one has 3"):
         quick(tmp_path / "x", members=3, start_from=first.path)
     with pytest.raises(SaferlError, match="give both the same hidden layers"):
