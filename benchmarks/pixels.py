@@ -295,7 +295,7 @@ def plot(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -305,7 +305,7 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     book = Book(options.out / "pixels.json", options.fresh)
     keys = [
         key_of(task, arm, seed, options)
