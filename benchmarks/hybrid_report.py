@@ -269,26 +269,33 @@ def report(rows: Sequence[Row], datasets: dict[str, Any], missing: Sequence[str]
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Return over environment steps, a panel per task; the band is the range of the seeds."""
+    """Return over environment steps; the band is the range of the seeds.
+
+    A panel per task, and one more for what learns under a limit or acts under a guard.
+    """
     plt = pyplot()
-    tasks = [name for name in TASKS if any(row["task"] == name for row in rows)]
-    lines = math.ceil(len(tasks) / COLUMNS)
+    panels: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: list(TASKS).index(row["task"])):
+        bound = "limit" in row["title"] or "guard" in row["title"]
+        name = f"{row['task']}, under a limit or a guard" if bound else row["task"]
+        panels.setdefault(name, []).append(row)
+    lines = math.ceil(len(panels) / COLUMNS)
     figure, axes = plt.subplots(
-        lines, COLUMNS, figsize=(4.6 * COLUMNS, 4.8 * lines), layout="constrained", squeeze=False
+        lines, COLUMNS, figsize=(4.6 * COLUMNS, 4.6 * lines), layout="constrained", squeeze=False
     )
-    for panel in axes.flat[len(tasks) :]:
+    for panel in axes.flat[len(panels) :]:
         panel.set_axis_off()
     titles = list(dict.fromkeys(row["title"] for row in rows))  # one colour in all panels
     colours = plt.get_cmap("tab20").colors
-    for panel, task in zip(axes.flat, tasks):
-        for row in (row for row in rows if row["task"] == task):
+    for panel, (name, own) in zip(axes.flat, panels.items()):
+        for row in own:
             number = titles.index(row["title"])
             colour, mark = colours[number % len(colours)], "os"[number // len(colours)]
             panel.plot(row["steps"], row["curve"].mean(0), f"{mark}-", ms=3, color=colour,
                        label=row["title"])  # fmt: skip
             low, high = row["curve"].min(0), row["curve"].max(0)
             panel.fill_between(row["steps"], low, high, color=colour, alpha=0.08, lw=0)
-        panel.set_title(task, fontsize=9)
+        panel.set_title(name, fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
         panel.legend(fontsize=6.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1))
