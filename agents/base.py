@@ -123,8 +123,9 @@ class Agent:
         config = cls.Config(**{k: convert(k, v, fields[k].default) for k, v in values.items()})
         for name in {"batch_size", "policy_interval"} & fields.keys():
             at_least(config, name, 1)
-        for name in fields.keys() - {"cost_limit"}:  # which `check_limit` refuses in its own words
-            if any(value != value for value in per_member(config, name)):
+        for name in fields:
+            odd = any(value != value for value in per_member(config, name))
+            if odd and name != "cost_limit":  # which `check_limit` refuses in its own words
                 raise SaferlError(f"{name} = nan is not a number: give it one")
         if any(units < 1 for units in config.hidden):
             raise SaferlError(f"a hidden layer has 1 or more units, got {list(config.hidden)}")

@@ -40,8 +40,8 @@ from saferl.nn import QEnsemble, TanhGaussianActor, orthogonal, polyak, torch_de
 from saferl.rng import MemberRandom
 from saferl.safety.limits import no_costs
 
-from .base import Agent, Metrics, per_member
-from .config import at_least
+from .base import Agent, Metrics
+from .config import at_least, per_member
 from .costs import CostConfig, CostLimited
 from .hybrid import HybridConfig
 from .pixels import PixelConfig, SeesPixels

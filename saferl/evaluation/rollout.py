@@ -169,8 +169,9 @@ class Slots:
             )
 
     def remarks(self, spec: Any, horizon: int | None = None) -> list[str]:
-        """A line where the actions of ``spec`` fill less than the environment's bounds, and where
-        its episodes have another ``horizon`` than those of the data."""
+        """A line for each difference that may be meant: actions of ``spec`` that fill less than the
+        environment's bounds, episodes of another length than the data's ``horizon``.
+        """
         lines = []
         if horizon and self.known_horizon and horizon != self.known_horizon:
             lines.append(

@@ -107,13 +107,11 @@ class Estimate:
         else:
             held = self.shared + self.members * self.state
         fit = min(self.fits(free_memory(self.device) + held), self.members - 1)
-        rest = (
-            ""
-            if path is None or not fit
-            else (
-                f"; or take members out of {path} with `saferl split` and continue each by itself"
+        rest = ""
+        if path is not None and fit:
+            rest = (
+                f"; or take members out of {path} with `saferl split`, and continue each by itself"
             )
-        )
         return SaferlError(
             f"out of memory on {self.device} at step {step} with {_count(self.members)} of "
             f"{human(self.each)}: {self._advice(fit)}{rest}"

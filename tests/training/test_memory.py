@@ -277,7 +277,7 @@ def test_out_of_memory_says_how_many_members_fit(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 100 * MIB)
     assert str(example().out_of_memory(1200, "runs/a")) == (
         "out of memory on cpu at step 1200 with 16 members of 58.0 MiB: 12 members fit "
-        "(--members 12); or take members out of runs/a with `saferl split` and continue each by "
+        "(--members 12); or take members out of runs/a with `saferl split`, and continue each by "
         "itself"
     )
     # If all should have fitted, one less is the most that can be promised.
