@@ -39,6 +39,7 @@ MIXTURES = {
 # One-at-a-time variations of A2PR, trained side by side; each list has the value in use.
 SENSITIVITY: dict[str, dict[str, list[float]]] = {
     "saferl/halfcheetah-velocity-medium-v0": {"alpha": [1.0, 2.5, 10.0, 40.0]},
+    "saferl/hopper-velocity-medium-v0": {"mask": [0.4, 1.0, 2.0, 5.0]},
     "saferl/halfcheetah-expert-random-10-v0": {
         "alpha": [1.0, 2.5, 10.0, 40.0],
         "mask": [0.5, 1.5, 5.0, 15.0],
