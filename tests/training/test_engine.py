@@ -117,9 +117,11 @@ def test_bf16_products_and_float32_everything_else(name):
     for key, tensor in rounded.agent.state_dict().items():
         assert tensor.dtype != torch.bfloat16, key
     ours, theirs = rounded.read(), exact.read()
+    # What rounding may leave as it is: Adam's first steps, which take signs, and shares of rows.
+    coarse = {"temperature"} if name == "cql" else {"advantageous_share", "cloned_share"}
     for key in theirs:
         assert ours[key] == pytest.approx(theirs[key], rel=0.05, abs=0.05), key
-    assert (ours["critic_loss"] != theirs["critic_loss"]).all()
+        assert key in coarse or (ours[key] != theirs[key]).any(), key
     # The policy is computed in float32 from float32 weights.
     rounded.agent.load_state_dict(exact.agent.state_dict())
     rows = torch.randn(3, 5, 3)
