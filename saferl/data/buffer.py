@@ -310,11 +310,15 @@ class OnlineBuffer(ReplayBuffer):
         index, ends = self.order(member)
         return self.gather(torch.from_numpy(index)[None]), ends
 
-    def observed(self, index: np.ndarray, ends: np.ndarray) -> tuple[Any, Any]:
-        """Observations and next observations of rows that are in `order`, as of a `Dataset`."""
-        batch = self.gather(torch.from_numpy(index)[None])
-        both = batch.observations, batch.next_observations
-        return tuple(self.spec.raw_observations(part[0].cpu().numpy()) for part in both)
+    def history(self, index: np.ndarray, ends: np.ndarray) -> dict[str, Any]:
+        """The fields of a `Batch` of rows that are in `order`, ``[n, …]``, raw observations."""
+        batch = super().gather(torch.from_numpy(index)[None])
+        fields = {
+            name: None if f is None else f[0].cpu().numpy() for name, f in batch._asdict().items()
+        }
+        for name in ("observations", "next_observations"):
+            fields[name] = self.spec.raw_observations(fields[name])
+        return fields
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, rows included."""

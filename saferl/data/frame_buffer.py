@@ -171,8 +171,13 @@ class OnlineFrameBuffer(OnlineBuffer):
             next_observations=frames[:, 1:].reshape(shape),
         )
 
-    def observed(self, index: np.ndarray, ends: np.ndarray) -> tuple[Any, Any]:
-        """As `Frames` where the environment's observations are known to be stacks."""
+    def history(self, index: np.ndarray, ends: np.ndarray) -> dict[str, Any]:
+        """As in `OnlineBuffer`; observations are `Frames` where they are known to be stacks."""
+        before, after = self._observed(index, ends)
+        both = {"observations": before, "next_observations": after}
+        return super().history(index, ends) | both
+
+    def _observed(self, index: np.ndarray, ends: np.ndarray) -> tuple[Any, Any]:
         stack, rows = self.spec.frame_stack, torch.from_numpy(index).to(self.device)
         frames = self.frames[rows].cpu().numpy()
         if stack == 1:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from saferl.data.buffer import ReplayBuffer, online_buffer_class
 from saferl.data.dataset import Dataset
@@ -55,20 +54,18 @@ def gathered(run: str | Path, member: int | None = None) -> Dataset:
     index, last = map(np.concatenate, zip(*orders))
     if not len(last):
         raise SaferlError(f"{run} has not acted yet: there are no rows")
-    observations, next_observations = buffer.observed(index, last)
-    batch = ReplayBuffer.gather(buffer, torch.from_numpy(index)[None])  # without pixels
-    fields = {name: None if f is None else f[0].numpy() for name, f in batch._asdict().items()}
+    fields = buffer.history(index, last)
     terminals = fields["terminals"].astype(bool)
     known = costs and bool(state["engine.has_costs"])
     config = folder.config()
     bounds = {"action_low": spec.action_low, "action_high": spec.action_high}
     return Dataset.from_arrays(
-        observations=observations,
+        observations=fields["observations"],
         actions=fields["actions"] if spec.discrete else spec.raw_actions(fields["actions"]),
         rewards=spec.raw_rewards(fields["rewards"]),
         terminals=terminals,
         timeouts=last & ~terminals,
-        next_observations=next_observations,
+        next_observations=fields["next_observations"],
         costs=fields["costs"] if known else None,
         id=f"{folder.path.name}-online",
         env_id=config["env"] if config["env"] != OBJECT else None,
