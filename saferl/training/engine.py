@@ -35,6 +35,23 @@ def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
 
 
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the GPU if there is one.
+
+    Raises:
+        SaferlError: the device does not exist on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SaferlError(f"device {name!r} cannot be used: {reason}") from None
+    return device
+
+
 def pick_engine(kind: str, device: torch.device) -> str:
     """The engine to use; "auto" is cuda_graph on a GPU, else eager.
 

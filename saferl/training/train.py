@@ -20,7 +20,7 @@ from saferl.registry import agent_class
 from saferl.safety.limits import check_limit, limit_warnings, no_costs
 from saferl.spec import Spec
 from saferl.training.configs import constrain, published, resolve
-from saferl.training.engine import Engine, check_precision, part, pick_engine
+from saferl.training.engine import Engine, check_precision, part, pick_device, pick_engine
 from saferl.training.hybrid import HybridEngine, returns_to_go
 from saferl.training.loop import Loop, Run, restore
 from saferl.training.memory import announce
@@ -411,23 +411,6 @@ def _check_machine(cls: type, engine: str, precision: str, device: torch.device)
             "environments between its updates, use eager or compile"
         )
     check_precision(precision, device)
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU if there is one.
-
-    Raises:
-        SaferlError: the device does not exist on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SaferlError(f"device {name!r} cannot be used: {reason}") from None
-    return device
 
 
 def _plain(value: Any) -> Any:
