@@ -6,8 +6,8 @@
 
 A training is one dataset and one agent, all members at once. Each is added to
 results/evidence.json when it ends; a rerun skips what is there (``--fresh`` starts over). The last
-policy of each member plays episodes from the same initial states. docs/benchmarks.md says what is
-compared and at which scale. None of the data are D4RL's.
+policy of each member plays episodes from the same initial states. docs/benchmarks/evidence.md says
+what is compared and at which scale. None of the data are D4RL's.
 """
 
 from __future__ import annotations

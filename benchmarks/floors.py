@@ -54,8 +54,8 @@ def passes(agent: str, observation_dim: int, action_dim: int, config: Any) -> li
 
     Args:
         action_dim: components of the action, or the number of actions.
-        config: the agent's; switches that the tables in docs/benchmarks.md do not name are at their
-            defaults.
+        config: the agent's; switches that the tables in docs/benchmarks/speed.md do not name are
+            at their defaults.
 
     Raises:
         KeyError: no list for this agent; `counted` asks torch.

@@ -5,8 +5,8 @@
     python benchmarks/hybrid.py speed       # the loop beside pure updates; the meta step
 
 A training is one task and one method with all its seeds. Each is added to results/hybrid.json when
-it ends; a rerun does those that are missing (``--fresh`` starts over). docs/benchmarks.md says what
-is compared. No data are published ones: cartpole's are made here, the others are saferl's own.
+it ends; a rerun does those that are missing (``--fresh`` starts over). docs/benchmarks/hybrid.md
+says what is compared. No data are published ones: cartpole's are made here, the others saferl's.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=5, help="per seed, of the last policy")
     parser.add_argument("--size", type=int, help="transitions of each dataset")
     parser.add_argument("--hidden", type=int, help="one layer of so many units, for a try")
-    parser.add_argument("--rounds", type=int, default=25, help="of speed")
+    parser.add_argument("--rounds", type=int, default=60, help="of speed")
     parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")

@@ -1,6 +1,7 @@
 """What acting costs the loop, and the meta step MOORL: `python benchmarks/hybrid.py speed`.
 
-Processor time of one thread (`time.process_time`) in blocks that take turns; ratios of medians.
+Processor time of one thread (`time.process_time`) in blocks that take turns. A ratio is the median
+of those of the rounds, with their quartiles.
 """
 
 from __future__ import annotations
@@ -71,23 +72,29 @@ def speed(rounds: int, hidden: list[int], members: int) -> dict[str, Any]:
                 times[name].append((time.process_time() - start) / count)
     both.close()
     medians = {name: statistics.median(values) for name, values in times.items()}
+
+    def ratio(over: str, under: str) -> list[float]:
+        found = [a / b for a, b in zip(times[over], times[under], strict=True)]
+        return [float(q) for q in np.quantile(found, (0.25, 0.5, 0.75))]
+
     return common.header() | {
         "hidden": hidden,
         "members": members,
         "rounds": rounds,
         "milliseconds": {name: 1e3 * value for name, value in medians.items()},
-        "update_rate_of_offline": medians["offline"] / medians["hybrid"],
-        "meta_step_of_iteration": medians["meta"] / medians["moorl"],
+        "update_rate_of_offline": ratio("offline", "hybrid"),
+        "meta_step_of_iteration": ratio("meta", "moorl"),
     }
 
 
 def told(found: dict[str, Any]) -> str:
     """A line of Markdown."""
     ms = found["milliseconds"]
+    low, rate, high = (100 * q for q in found["update_rate_of_offline"])
     return (
         f"- {found['members']} member(s), layers {found['hidden']}: an update takes "
         f"{ms['offline']:.2f} ms in the offline loop and {ms['hybrid']:.2f} ms with its "
-        f"environment step, {100 * found['update_rate_of_offline']:.0f} % of the rate; a MOORL "
+        f"environment step, {rate:.1f} % of the rate (quartiles {low:.1f}, {high:.1f}); a MOORL "
         f"iteration of K = 5 takes {ms['moorl']:.2f} ms, snapshot and meta step "
-        f"{1e3 * ms['meta']:.0f} µs of it, {100 * found['meta_step_of_iteration']:.2f} %"
+        f"{1e3 * ms['meta']:.0f} µs of it, {100 * found['meta_step_of_iteration'][1]:.2f} %"
     )

@@ -6,7 +6,7 @@
 A training is one dataset and one agent with all its members: five seeds, at each limit where the
 agent is trained for one. Each is added to results/limits.json when it ends; a rerun does those that
 are missing (``--fresh`` starts over). The last policy of each member plays episodes from the same
-initial states. docs/benchmarks.md says what is compared. The data are saferl's own.
+initial states. docs/benchmarks/limits.md says what is compared. The data are saferl's own.
 """
 
 from __future__ import annotations

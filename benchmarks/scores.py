@@ -6,7 +6,7 @@
 Both sides train on the same transitions with equal networks, batches, numbers of updates and
 hyper-parameters (`common.SETTINGS`); ours trains its seeds as members of one run, d3rlpy in an
 environment of its own, one seed after the other. The policies of both then play the same episodes
-in our process. docs/benchmarks.md lists what remains different.
+in our process. docs/benchmarks/scores.md lists what remains different.
 
 Every finished training is added to results/scores.json at once; a rerun skips what is there
 (``--fresh`` starts over). None of the data are D4RL's.
