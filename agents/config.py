@@ -27,10 +27,11 @@ def per_member(config: AgentConfig, name: str, members: int = 1) -> list[float]:
     return list(value) if isinstance(value, tuple) else [value] * members
 
 
-def at_least(config: Any, name: str, least: int) -> None:
-    """Raise `SaferlError` where a whole number of a config is smaller."""
-    if getattr(config, name) < least:
-        raise SaferlError(f"{name} must be {least} or more, got {getattr(config, name)}")
+def at_least(config: Any, name: str, least: float) -> None:
+    """Raise `SaferlError` where a number is smaller."""
+    for value in per_member(config, name):
+        if value < least:
+            raise SaferlError(f"{name} must be {least:g} or more, got {value:g}")
 
 
 def between(config: Any, name: str, low: float, high: float, above: bool = False) -> None:

@@ -53,8 +53,8 @@ def peer_python(given: str | None = None) -> str:
 class Worker:
     """A process with one thread that answers one request at a time, as JSON lines over pipes."""
 
-    def __init__(self, python: str, script: Path, *arguments: str):
-        environment = os.environ | ONE_THREAD
+    def __init__(self, python: str, script: Path, *arguments: str, **environment: str):
+        environment = os.environ | ONE_THREAD | environment
         self._process = subprocess.Popen(
             [python, str(script), *arguments],
             stdin=subprocess.PIPE,

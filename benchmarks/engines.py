@@ -319,8 +319,9 @@ class Ours:
     def long(self, seconds: float, log_interval: int, **fields: Any) -> dict[str, Any]:
         """Train for about ``seconds``, with metrics read and written as `saferl train` does.
 
-        Memory is that of the whole process, so a worker should be asked once and for nothing
-        else, not even the estimate, which leaves a GPU's workspaces behind.
+        Memory is that of the whole process, here and in `memory`: a worker should be asked for one
+        of them, once, and for nothing else, not even the estimate, which leaves a GPU's workspaces
+        behind.
         """
         task = Task(**fields)
         before = bounds.reset_memory(self.device)
@@ -338,6 +339,12 @@ class Ours:
             "sampling_share": empty / each if isinstance(empty, float) else empty,
             "profile": or_missing(bounds.profile)(subject.engine, each, floor),
         }
+
+    def memory(self, **fields: Any) -> dict[str, int]:
+        """The most memory that a few updates take."""
+        before = bounds.reset_memory(self.device)
+        Subject.of(Task(**fields), self.device).run(8)
+        return {"memory_bytes": bounds.peak_memory(self.device) - before}
 
 
 def train(subject: Subject, seconds: float, log_interval: int) -> dict[str, Any]:
@@ -388,7 +395,8 @@ def serve(device: str) -> None:
 
     torch.set_num_threads(1)
     ours = Ours(device)
-    names = ("make", "plain", "warm", "run", "split", "rate", "drop", "estimate", "long")
+    names = ("make", "plain", "warm", "run", "split", "rate", "drop", "estimate", "long",
+             "memory")  # fmt: skip
     handlers = {name: getattr(ours, name) for name in names}
     common.serve(handlers | {"facts": lambda: facts(device)})
 

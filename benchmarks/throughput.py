@@ -64,8 +64,9 @@ class Bench:
         self.data = DATA | ({"rows": 2000} if self.quick else {})
         self.step = STEP[self.device]
 
-    def ours(self) -> common.Worker:
-        return common.Worker(sys.executable, HERE / "engines.py", "--device", self.device)
+    def ours(self, **environment: str) -> common.Worker:
+        script = HERE / "engines.py"
+        return common.Worker(sys.executable, script, "--device", self.device, **environment)
 
     def task(self, agent: str, **fields: Any) -> dict[str, Any]:
         return {"agent": agent, "data": self.data, "quick": self.quick} | fields
@@ -228,6 +229,10 @@ class Bench:
                     estimate = ours("estimate", **task)
                 missing = {"estimated_bytes": None, "estimate": estimate}
                 found |= missing if "missing" in estimate else estimate
+                if self.device == "cpu":
+                    # The C library keeps freed blocks for later, which is no need of the run.
+                    with self.ours(MALLOC_MMAP_THRESHOLD_="131072") as ours:
+                        found |= {"resident_bytes": found["memory_bytes"]} | ours("memory", **task)
             rows.append({"side": "saferl", "precision": precision, "members": members} | found)
         if agent in common.SETTINGS and members == 1 and self.peer:
             with common.Worker(self.peer(), HERE / "peer_d3rlpy.py") as peer:

@@ -10,8 +10,8 @@ and keeps the transitions in a cache. The four levels:
 - mixed: policies from slow and safe to fast and costly, with medium and random ones, so that both
   returns and costs of the episodes are spread widely.
 
-``{robot}-expert-random-{1,5,10,25,50}-v0`` hold whole episodes of the expert and the random level,
-drawn with replacement, so many per cent of the rows from the expert: see `Dataset.mix`.
+``{robot}-{expert,medium}-random-{1,5,10,25,50}-v0`` hold whole episodes of that level and of the
+random one, drawn with replacement, so many per cent of the rows from the better: `Dataset.mix`.
 
 All policies are sampled, not their most likely action taken, as in D4RL. These are not D4RL's data,
 though the robots and the reference returns of the normalised score are.
@@ -66,9 +66,10 @@ ROBOTS = {
 }
 
 _IDS = {f"{robot}-velocity-{level}-v0": (robot, level) for robot in ROBOTS for level in LEVELS}
-_MIXTURES = {  # name → robot, expert's share of the rows
-    f"{robot}-expert-random-{percent}-v0": (robot, percent / 100)
+_MIXTURES = {  # name → robot, the better level and its share of the rows
+    f"{robot}-{level}-random-{percent}-v0": (robot, level, percent / 100)
     for robot in ROBOTS
+    for level in ("expert", "medium")
     for percent in (1, 5, 10, 25, 50)
 }
 
@@ -89,7 +90,7 @@ def ids() -> list[str]:
         return level == "random" or level in robots.get(robot, {}).get("levels", {})
 
     levels = [name for name, (robot, level) in _IDS.items() if has(robot, level)]
-    return levels + [name for name, (robot, _) in _MIXTURES.items() if has(robot, "expert")]
+    return levels + [name for name, (robot, level, _) in _MIXTURES.items() if has(robot, level)]
 
 
 def load(
@@ -107,7 +108,8 @@ def load(
     round differently.
 
     A mixture is made of ``size`` transitions of each of its two levels and has up to one episode
-    more than ``size``; expert rows come first, and exceed their share by up to one episode.
+    more than ``size``; rows of the better level come first, and exceed their share by up to one
+    episode.
 
     Args:
         name: the id without its ``saferl/``, such as ``"hopper-velocity-mixed-v0"``.
@@ -151,25 +153,25 @@ def load(
 def _mixture(
     name: str, size: int, seed: int, progress: bool | None, clip: bool, overrides: dict[str, Any]
 ) -> Dataset:
-    """Episodes of the expert and the random level; both are cached, their mixture is not."""
-    robot, share = _MIXTURES[name]
-    good, bad = (f"{robot}-velocity-{level}-v0" for level in ("expert", "random"))
-    expert = _card(good)
-    card = expert.replace(
+    """Episodes of a level and of the random one; both are cached, their mixture is not."""
+    robot, level, share = _MIXTURES[name]
+    good, bad = (f"{robot}-velocity-{source}-v0" for source in (level, "random"))
+    better = _card(good)
+    card = better.replace(
         id=f"saferl/{name}",
         origin=f"mixed by saferl from its own saferl/{good} and saferl/{bad}; not D4RL data",
         notes=(
-            expert.notes[0],
-            "whole episodes, drawn with replacement: the expert's until they exceed "
+            better.notes[0],
+            f"whole episodes, drawn with replacement: the {level} level's until they exceed "
             f"{share:.0%} of the size asked for, then random ones until all exceed it, in this "
             "order (the construction of Hong et al., ICLR 2023)",
-            *(f"expert's {note}" for note in expert.notes[2:]),
+            *(f"{level}'s {note}" for note in better.notes[2:]),
         ),
     ).replace(**overrides)
     sources = [load(source, size, seed, progress) for source in (good, bad)]
     mixed = Dataset.mix(*sources, share, seed, size)
     arrays = {field: getattr(mixed, field) for field in Dataset.FIELDS}
-    card = card.noted(mixed.card.notes[-1])  # how many rows came from the expert
+    card = card.noted(mixed.card.notes[-1])  # how many rows came from the better level
     return Dataset.from_arrays(**arrays, card=card, clip_actions=clip)
 
 

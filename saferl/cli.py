@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
                    help="begin with the networks of a run, e.g. an offline one")  # fmt: skip
     p.add_argument("--resume", type=Path, metavar="RUN", help="continue a run folder")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
-    p.add_argument("--engine", default="auto", help="auto, eager, compile or cuda_graph")
+    p.add_argument("--engine", help="auto (the default), eager, compile or cuda_graph")
     p.add_argument("--precision", help="fp32, or bf16 where the device has it (default: fp32)")
     p.add_argument("--threads", type=int, help="CPU threads of torch (default: 1)")
     p.add_argument("--eval-interval", type=int, help="steps; 0: at the end only (default: 5 times)")
@@ -217,14 +217,13 @@ def _train(options) -> None:
     data = _loader_options(options)
     common = {
         "device": options.device,
-        "engine": options.engine,
         "memory_map": options.memory_map,
         "progress": not options.quiet,
     }
     chosen = {
         name: value
         for name in (
-            "members", "seed", "precision", "threads", "out", "start_from",
+            "members", "seed", "engine", "precision", "threads", "out", "start_from",
             "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
             "keep_checkpoints",
         )
@@ -241,7 +240,7 @@ def _train(options) -> None:
                 f"--resume takes {', '.join(refused)} from the run's config.yaml: only --steps, "
                 "--device, --engine and --memory-map can be given; to change more start another run"
             )
-        run = resume(options.resume, steps=options.steps, **common)
+        run = resume(options.resume, steps=options.steps, engine=options.engine, **common)
     else:
         agent, dataset, limits = options.agent, options.dataset, options.cost_limit
         if dataset is None and options.env is None:

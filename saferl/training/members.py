@@ -31,8 +31,10 @@ from saferl.training.run import RunFolder
 
 TABLES = ("metrics.csv", "evaluation.csv")  # a row per step and member
 # Of config.yaml. The data may lie elsewhere now: their fingerprints are compared. Limits are for
-# tables, and members that were trained for one each are judged by all.
-NOT_COMPARED = ("agent_config", "seeds", "members", "dataset", "dataset_options", "cost_limits")
+# tables, and members that were trained for one each are judged by all. Engines compute the same.
+NOT_COMPARED = (
+    "agent_config", "seeds", "members", "dataset", "dataset_options", "cost_limits", "engine",
+)  # fmt: skip
 
 
 def split(run: str | Path, out: str | Path, member: int | None = None) -> list[Path]:

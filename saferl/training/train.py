@@ -183,15 +183,14 @@ def train(
         "checkpoint_interval": checkpoint_interval or eval_interval,
         "keep_checkpoints": keep_checkpoints,
         "threads": threads,
+        "engine": engine,
         "precision": precision,
         "start_from": None if start_from is None else str(start_from),
         "guard": None if guard is None else OBJECT,
         "agent_config": _plain(dataclasses.asdict(config)),
     }
     folder = RunFolder(out) if out else _free_folder(agent, env if dataset is None else task)
-    return _execute(
-        folder, plan, dataset, env, guard, torch_device, engine, memory_map, False, progress
-    )
+    return _execute(folder, plan, dataset, env, guard, torch_device, memory_map, False, progress)
 
 
 def resume(
@@ -202,16 +201,20 @@ def resume(
     guard: Callable[[Any], Any] | None = None,
     steps: int | None = None,
     device: str = "auto",
-    engine: str = "auto",
+    engine: str | None = None,
     memory_map: str | Path | None = None,
     progress: bool = True,
 ) -> Run:
     """Continue a run from its last checkpoint: on the CPU the result is that of an unbroken run.
 
+    With engine "compile" it is so to rounding: what was compiled is compiled anew, and the first
+    updates are eager.
+
     Args:
         run: its folder. Agent, settings and dataset are taken from it.
         dataset, env, guard: only where `train` was given an object, which a file cannot hold.
         steps: train longer than planned.
+        engine: how updates run from here on; None: as they did.
 
     Raises:
         SaferlError: not a run, no checkpoint yet, or data or configuration that are not those that
@@ -221,8 +224,11 @@ def resume(
     plan = folder.config()
     torch_device = pick_device(device)
     cls = agent_class(plan["agent"])
-    _check_machine(cls, engine, plan["precision"], torch_device)
-    plan = {"guard": None, "keep_checkpoints": KEPT_CHECKPOINTS} | plan  # of earlier versions
+    earlier = {"guard": None, "keep_checkpoints": KEPT_CHECKPOINTS, "engine": "auto"}
+    plan = earlier | plan  # that other versions wrote
+    if engine is not None:
+        plan["engine"] = engine
+    _check_machine(cls, plan["engine"], plan["precision"], torch_device)
     for name, given in (("dataset", dataset), ("env", env), ("guard", guard)):
         if plan[name] == OBJECT and given is None:
             raise SaferlError(
@@ -241,12 +247,12 @@ def resume(
         )
     if steps is not None and steps < plan["steps"]:
         raise SaferlError(f"{run} was planned for {plan['steps']} steps: they may grow, not shrink")
-    if steps is not None and steps > plan["steps"]:
-        plan["steps"] = steps
+    plan["steps"] = steps or plan["steps"]
+    if plan != folder.config():
         folder.write_config(plan)
     environment = env if plan["env"] == OBJECT else plan["env"]
     return _execute(
-        folder, plan, dataset, environment, guard, torch_device, engine, memory_map, True, progress
+        folder, plan, dataset, environment, guard, torch_device, memory_map, True, progress
     )
 
 
@@ -257,7 +263,6 @@ def _execute(
     env: str | Callable[[], Any] | None,
     guard: Callable[[Any], Any] | None,
     device: torch.device,
-    engine_kind: str,
     memory_map: str | Path | None,
     resumed: bool,
     progress: bool,
@@ -322,9 +327,9 @@ def _execute(
             )
             buffer.restrict(agent.rows(rows))
         if slots is None:
-            engine = Engine(agent, buffer, engine_kind)
+            engine = Engine(agent, buffer, plan["engine"])
         else:
-            kind = "eager" if engine_kind == "auto" else engine_kind
+            kind = "eager" if plan["engine"] == "auto" else plan["engine"]
             engine = HybridEngine(
                 agent, slots, plan["steps"], buffer, plan["members"], guard, say, kind
             )
@@ -389,8 +394,9 @@ def load_agent(run: str | Path, step: int | None = None, device: str = "cpu"):
     """
     state, header = RunFolder(run).load(step)
     cls = agent_class(header["agent"])
-    config = cls.make_config(header["config"])
-    agent = cls(Spec.from_dict(header["spec"]), config, header["seeds"], pick_device(device))
+    config, spec = cls.make_config(header["config"]), Spec.from_dict(header["spec"])
+    precision = RunFolder(run).config()["precision"]
+    agent = cls(spec, config, header["seeds"], pick_device(device), precision)
     restore(agent, state, header["agent"], run)
     return agent
 

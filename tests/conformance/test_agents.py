@@ -217,9 +217,23 @@ def test_configuration_errors_say_what_to_do(cls):
         cls.make_config({"discount": True})
     with pytest.raises(SaferlError, match="normalize_rewards = 1 is not true or false"):
         cls.make_config({"normalize_rewards": 1})
+    for name, values in (("reward_scale", [1.0, 2.0]), ("batch_size", [64, 128])):
+        with pytest.raises(SaferlError, match=f"{name} cannot differ between members; these can"):
+            cls.make_config({name: values})
+    for field in dataclasses.fields(cls.Config):
+        wrong = None
+        if isinstance(field.default, tuple):
+            wrong = [8, 0], f"{field.name} takes numbers of 1 or more, got .8, 0."
+        elif field.name.endswith("lr"):
+            wrong = -1, f"{field.name} must be 0 or more, got -1"
+        elif field.name == "tau":
+            wrong = 7, "tau must be 0 or more and at most 1, got 7"
+        elif field.name in ("batch_size", "policy_interval"):
+            wrong = 0, f"{field.name} must be 1 or more, got 0"
+        if wrong is not None:
+            with pytest.raises(SaferlError, match=wrong[1]):
+                cls.make_config({field.name: wrong[0]})
     spec = Setup(cls).spec
-    with pytest.raises(SaferlError, match="reward_scale cannot differ between members"):
-        cls(spec, make_config(cls, reward_scale=[1.0, 2.0]), 2)
     for field in cls.variants:
         with pytest.raises(SaferlError, match=f"{field} has 2 values for 3 members"):
             cls(spec, make_config(cls, **{field: [0.5, 0.6]}), 3)

@@ -188,11 +188,14 @@ def test_random_data_need_no_behaviours(tmp_path, monkeypatch):
 def test_names(behaviours):
     levels = ["random", "medium", "mixed"]  # the manifest of this test has no expert
     ours = [f"hopper-velocity-{level}-v0" for level in levels]
+    ours += [f"hopper-{rest}" for rest in shares("medium")]
     assert [name for name in bundled.ids() if "hopper" in name] == ours
-    assert len(bundled.ids()) == 5  # and the random data of the two other robots
+    assert len(bundled.ids()) == 10  # and the random data of the two other robots
 
 
-SHARES = {f"expert-random-{percent}-v0": percent / 100 for percent in (1, 5, 10, 25, 50)}
+def shares(level: str) -> dict[str, float]:
+    """Of the mixtures of a level."""
+    return {f"{level}-random-{percent}-v0": percent / 100 for percent in (1, 5, 10, 25, 50)}
 
 
 @pytest.fixture
@@ -212,14 +215,15 @@ def spans(data) -> list[bytes]:
     return [data.observations[start:stop].tobytes() for start, stop in data.episodes]
 
 
-def test_mixtures_are_episodes_of_expert_and_random(expert):
+@pytest.mark.parametrize(("level", "policy"), [("expert", 2), ("medium", 1)])
+def test_mixtures_are_episodes_of_a_level_and_of_random(expert, level, policy):
     size = 2000
     good, bad = (
-        load_dataset(f"saferl/hopper-velocity-{level}-v0", size=size)
-        for level in ("expert", "random")
+        load_dataset(f"saferl/hopper-velocity-{source}-v0", size=size)
+        for source in (level, "random")
     )
     known = {span: True for span in spans(good)} | {span: False for span in spans(bad)}
-    for rest, share in SHARES.items():
+    for rest, share in shares(level).items():
         data = load_dataset(f"saferl/hopper-{rest}", size=size)
         origin = [known[span] for span in spans(data)]  # every episode is whole and of a source
         assert len(set(origin)) == 2 and origin == sorted(origin, reverse=True)
@@ -233,7 +237,8 @@ def test_mixtures_are_episodes_of_expert_and_random(expert):
         assert "not D4RL" in card.origin and "velocity-random-v0" in card.origin
         assert any(f"{share:.0%} of the size" in note and "Hong" in note for note in card.notes)
         assert f"{rows} of {len(data)} rows from {good.card.id}" in card.notes[-1]
-        assert any("expert's behaviours: 100% of the steps policy 2" in note for note in card.notes)
+        said = f"{level}'s behaviours: 100% of the steps policy {policy}"
+        assert any(said in note for note in card.notes)
         assert data.costs is not None and card.reference_returns == good.card.reference_returns
 
 
@@ -250,8 +255,9 @@ def test_mixtures_repeat_and_come_from_the_cache(expert, monkeypatch):
 
 
 def test_mixtures_are_listed_where_there_is_an_expert(expert):
-    assert bundled.ids()[-5:] == [f"hopper-{rest}" for rest in SHARES]
-    assert len(bundled.ids()) == 4 + 2 + 5
+    mixtures = [*shares("expert"), *shares("medium")]
+    assert bundled.ids()[-10:] == [f"hopper-{rest}" for rest in mixtures]
+    assert len(bundled.ids()) == 4 + 2 + 10
     with pytest.raises(SaferlError, match="did you mean 'hopper-expert-random-25-v0'"):
         load_dataset("saferl/hopper-expert-random-26-v0")
     with pytest.raises(SaferlError, match=r"incomplete, reinstall saferl .*walker2d expert"):
