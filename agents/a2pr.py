@@ -43,8 +43,9 @@ the penalised reward: that one would lag behind every move of ρ, and shift all 
 to one side while it does. λ divides by sizes that cannot cancel, where |P| would be small wherever
 both terms are large. At ρ = 0 both are A2PR's own; without a limit nothing of this is computed.
 
-Deviations: without a limit, none known from that code. Switches it has not: ``guidance`` and
-``advantage_threshold`` (ε_A, which the paper has and the code sets to 0).
+Deviations: without a limit, none known from that code's updates; docs/agents/a2pr.md has those of
+its data and evaluation. Switches it has not: ``guidance`` and ``advantage_threshold`` (ε_A, which
+the paper has and the code sets to 0).
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 Every batch is half the dataset's and half the member's own. An update takes K = 20 critic steps on
 an ensemble of 10 with LayerNorm, each towards the least of 2 target critics drawn for that step,
 and then one step of the policy and of α on the last batch, towards the mean of the ensemble. Losses
-are those of agents/sac.py. Deviations: none known from the authors' code (ikostrikov/rlpd).
+are those of agents/sac.py. Deviations from the authors' code (ikostrikov/rlpd): the temperature's
+loss is -log α (log π + H̄), theirs α (-log π - H̄); losses are sums over the ensemble, theirs means;
+terminals of sparse Adroit data are as recorded, which they erase.
 """
 
 from __future__ import annotations

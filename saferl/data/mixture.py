@@ -19,8 +19,9 @@ class Mixture:
     An update takes n batches of B rows. In each of them so many rows are the dataset's, the same
     number in all n: `mixed` round(p B), `block` B with probability p and else 0, `alternate` B in
     every second update and 0 in the others. p is ``offline_share``; ``annealed`` it goes linearly
-    to ``final_share``, ``proportional`` it is the dataset's part of all rows. A member that has no
-    rows of one of the two takes all from the other.
+    to ``final_share``, ``proportional`` it is the dataset's part of all rows (and p B is rounded up
+    with the probability of its fraction). A member that has no rows of one of the two takes all
+    from the other.
 
     Each member draws from streams of its own, and no row of the other source is touched in a batch
     of a single one.
@@ -67,7 +68,10 @@ class Mixture:
         if self.offline is None:
             return np.zeros(members, np.int64)
         if sampling == "mixed":
-            counts = np.floor(self.share() * rows + 0.5).astype(np.int64)
+            # Where few rows are a member's own, rounding to the nearest would never draw one.
+            proportional = self.config.share_rule == "proportional"
+            up = self.random.uniform().numpy() if proportional else 0.5
+            counts = np.floor(self.share() * rows + up).astype(np.int64)
         elif sampling == "block":
             # Drawn also where nothing depends on it: the stream's place is that of the updates.
             uniform = self.random.uniform().numpy()
@@ -96,9 +100,9 @@ class Mixture:
         if count == rows:
             return self.offline.sample_of(members, n * rows)
         if count == 0:
-            return self.online.sample_of(members, n * rows)
+            return self._own(members, n * rows)
         logged = self.offline.sample_of(members, n * count)
-        own = self.online.sample_of(members, n * (rows - count))
+        own = self._own(members, n * (rows - count))
         if n == 1:
             return Batch.concatenate([logged, own], 1)
         cut = [
@@ -107,6 +111,12 @@ class Mixture:
         ]
         whole = Batch.concatenate(cut, 2)
         return Batch(*(None if f is None else f.flatten(1, 2) for f in whole))
+
+    def _own(self, members: list[int], rows: int) -> Batch:
+        """Rows that members gathered, with costs only where the dataset has them too."""
+        batch = self.online.sample_of(members, rows)
+        known = self.offline is None or self.offline.costs
+        return batch if known else batch._replace(costs=None)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"online.{k}": v for k, v in self.online.state_dict().items()}

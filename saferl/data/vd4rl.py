@@ -133,7 +133,11 @@ def _card(place: Path, id: str, shape: tuple[int, ...], stack: int) -> Card:
     if saved.is_file():
         return Card.from_dict(json.loads(saved.read_text(encoding="utf-8")))
     tasks = ("walker_walk", "cheetah_run", "humanoid_walk")
-    names = [part for part in (*place.parts, *Path(id).parts) if part in tasks]
+    folder = place.with_suffix("") if place.is_file() else place
+    parts = (*folder.parts, *Path(id).parts)
+    names = [part for part in parts if part in tasks]
+    if names and not id:  # a folder in the published layout: walker_walk/expert/64px
+        id = "/".join(parts[parts.index(names[-1]) :])
     pixels = {64: "pixels", 84: "pixels84"}.get(shape[-1])
     env_id = None
     if names and pixels and stack == 3:

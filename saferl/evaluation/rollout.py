@@ -48,6 +48,12 @@ def _check_spaces(name: str, spaces: _Spaces, spec: Any) -> None:
             f"{name} has observations of {spaces.observation_dim} numbers, but "
             f"{spec.observation_dim} are expected: {advice}"
         )
+    image = getattr(spec, "image", ())
+    if image and (spaces.shape, spaces.dtype) != (image, np.uint8):
+        raise SaferlError(
+            f"{name} has observations {spaces.shape} of {spaces.dtype}, but images {image} of "
+            f"uint8 are expected, channels first: {advice}"
+        )
     wanted = _actions(spec.discrete, spec.action_dim)
     found = _actions(spaces.discrete, spaces.action_dim)
     if wanted != found:
@@ -75,6 +81,11 @@ class _Spaces:
     def __init__(self, env: Any):
         from gymnasium import spaces
 
+        if hasattr(env, "num_envs"):
+            raise SaferlError(
+                "a vector of environments was given: give a function that makes one environment, "
+                "and every member gets its own"
+            )
         space, action = env.observation_space, env.action_space
         self.observation_dim = int(spaces.flatdim(space))
         self.discrete = isinstance(action, spaces.Discrete)
@@ -83,6 +94,7 @@ class _Spaces:
                 f"action space {action} is neither Box nor Discrete: wrap the environment so that "
                 "it is"
             )
+        self.shape, self.dtype = space.shape, space.dtype  # of a Box
         self._box = isinstance(space, spaces.Box)
         self._space, self._flatten = space, spaces.flatten
         if self.discrete:

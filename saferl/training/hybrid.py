@@ -76,9 +76,8 @@ class HybridEngine(Engine):
                 f"offline_steps = {c.offline_steps} is more than the {steps} steps of the run: "
                 "train for more --steps, or set it lower"
             )
-        costs = True if offline is None else offline.costs
         self.online = online_buffer_class(agent.spec)(
-            agent.spec, c.online_capacity or max(1, self.acting), seeds, agent.device, costs,
+            agent.spec, c.online_capacity or max(1, self.acting), seeds, agent.device, True,
             agent.needs_returns,
         )  # fmt: skip
         super().__init__(agent, Mixture(c, offline, self.online, seeds), kind)
@@ -92,17 +91,19 @@ class HybridEngine(Engine):
             raise SaferlError(
                 "an exploration_budget of 0 leaves nothing to learn from: pass --dataset"
             )
-        if np.isfinite(self.budget).any() or agent.uses_costs():
+        for m in np.flatnonzero(~self.exploring):
+            say(f"member {self.names[m]} does not act: its exploration_budget is 0")
+        self.proposals = [_Proposal(agent.spec) for _ in seeds]
+        self.guards = [_complete(guard(proposal)) for proposal in self.proposals] if guard else []
+        limited = any(getattr(one, "cost_limit", None) is not None for one in self.guards)
+        if np.isfinite(self.budget).any() or agent.uses_costs() or limited:
             self._need_costs()
         slots.begin(np.array([(seed * SEEDS) % 2**31 for seed in seeds]))
         slots.episode[:] = -1
-        shape = () if slots.spaces.discrete else (slots.spaces.action_dim,)
-        dtype = np.int64 if slots.spaces.discrete else np.float32
-        self.actions = np.zeros((len(seeds), slots.horizon, *shape), dtype)  # of running episodes
+        # Of running episodes.
+        self.actions = np.zeros((len(seeds), slots.horizon, slots.spaces.action_dim), np.float32)
         self.episodes = np.zeros((len(seeds), 3))  # return, cost, length so far
         self.finished = np.zeros((len(seeds), 4))  # their sums since the last reading, and count
-        self.proposals = [_Proposal(agent.spec) for _ in seeds]
-        self.guards = [_complete(guard(proposal)) for proposal in self.proposals] if guard else []
         self.replaced = np.zeros((len(seeds), 2))  # since the last reading, and steps
         self.last = np.zeros((len(seeds), 4))  # their means at the last reading; 1 once known
 
@@ -114,8 +115,8 @@ class HybridEngine(Engine):
         slots.step(slots.act(lambda rows: self._uniform(0.5), len(slots.envs)))
         if not slots.has_costs:
             raise SaferlError(
-                f"{slots.name} reports no cost, which a cost limit, a cost penalty and an "
-                "exploration budget need: wrap it in saferl.envs.CostWrapper"
+                f"{slots.name} reports no cost, which a cost limit (a guard's too), a cost penalty "
+                "and an exploration budget need: wrap it in saferl.envs.CostWrapper"
             )
 
     # Acting --------------------------------------------------------------------------------------
@@ -297,6 +298,7 @@ class HybridEngine(Engine):
         for name in own:
             setattr(self, name, values[name])
         slots.episode[:] = values["episode"]
+        slots.elapsed[:], slots.observations[:] = values["elapsed"], values["observations"]
         same = np.zeros(len(self.names), bool)
         for m in np.flatnonzero(values["running"]):
             same[m] = self._replay(m, int(values["elapsed"][m]), values["observations"][m])

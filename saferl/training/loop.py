@@ -23,7 +23,9 @@ from saferl.training.engine import part
 from saferl.training.run import MetricsLog
 
 CHUNK_SECONDS = 0.5  # between two movements of the progress bar, and to answer Ctrl-C
-EVALUATION_SEED = 10_000  # first of the seeds of evaluation episodes, apart from training's
+# First of the seeds of evaluation episodes. Those of training begin at multiples of a million and
+# three, so that a member of seed 0 meets these initial states from its 10,000th episode on.
+EVALUATION_SEED = 10_000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -336,14 +336,14 @@ def _execute(
         if not resumed:
             if start is not None:
                 agent.warm_start(part(start[0], "agent."))
-                if cls.acts and config.random_steps:
-                    say(
-                        f"warning: the first {config.random_steps} environment steps take random "
-                        "actions, not the policy's that the run starts from: --set random_steps=0 "
-                        "lets it act, and --set start_steps=N before the first update"
-                    )
             elif rows is not None:
                 agent.fit(rows, say)
+            if cls.acts and config.random_steps and (start is not None or config.offline_steps):
+                say(
+                    f"warning: the first {config.random_steps} environment steps take random "
+                    "actions, though a policy is there that has learned: --set random_steps=0 "
+                    "lets it act, and --set start_steps=N before the first update"
+                )
             if start is None and cls.pretrained:
                 say(
                     f"warning: {plan['agent']} is meant to begin with the networks of another run, "

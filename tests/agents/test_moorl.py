@@ -292,7 +292,10 @@ def test_7_time_outs_bootstrap_and_terminals_do_not():
 
 
 def test_8_mixing_moves_the_mean_reward_by_no_more_than_the_bound():
-    """|ΔR| ≤ 2 λ TV(d_π, d_μ) R_max / (1 - γ) on 300 random tabular processes."""
+    """|ΔR| ≤ 2 λ TV(d_π, d_μ) R_max / (1 - γ) on 300 random tabular processes.
+
+    This is the theorem alone: that batches are mixed so is for the tests of `Mixture`.
+    """
     rng, ratios = np.random.default_rng(0), []
     for _ in range(300):
         states, actions = rng.integers(2, 8), rng.integers(2, 5)

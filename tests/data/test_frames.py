@@ -16,6 +16,7 @@ from saferl.data.inspect import coverage, describe
 from saferl.data.nstep import n_step
 from saferl.errors import SaferlError
 from saferl.spec import Spec
+from saferl.training.configs import published
 
 LENGTHS = (4, 1, 6)
 K, H, W = 3, 5, 6
@@ -241,6 +242,9 @@ def test_both_layouts_are_read(folder, expected):
     card = data.card
     assert (card.action_low, card.horizon, card.reference_returns) == ((-1, -1), 500, (0, 1000))
     assert card.env_id is None  # frames of 5 × 6 pixels are no published size
+    assert card.id == "vd4rl/walker_walk/expert/64px"
+    for agent in ("moorl", "drq_bc", "rlpd"):
+        assert published(agent, card.id) != published(agent, "nothing"), agent
     assert len(load_dataset(folder, size=5).episodes) == 2
     assert load_dataset(folder, size=6).observations.frames.shape[0] == 14
     one = load_dataset(folder, frame_stack=1, env_id="CartPole-v1")

@@ -246,6 +246,13 @@ def test_a_failing_policy_is_named():
         rollout(lambda observations: observations[..., 0], Count, 2)
 
 
+class Screen(gymnasium.Env):
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, shape, dtype):
+        self.observation_space = gymnasium.spaces.Box(0, 255, shape, dtype)
+
+
 def test_spaces_are_compared_with_what_the_policy_was_trained_on():
     check_spaces(Count, Spec(2, 1))
     check_spaces(Count(), Spec(2, 1))
@@ -255,6 +262,14 @@ def test_spaces_are_compared_with_what_the_policy_was_trained_on():
         check_spaces(Count, Spec(2, 1, discrete=True))
     with pytest.raises(SaferlError, match="CartPole-v1 takes one of 2 .* one of 4 .* expected"):
         check_spaces("CartPole-v1", Spec(4, 4, discrete=True))
+    frames = Spec(12, 1, image=(3, 2, 2))
+    for shape, dtype in (((2, 2, 3), np.uint8), ((3, 2, 2), np.float32)):
+        screen = Screen(shape, dtype)
+        with pytest.raises(
+            SaferlError, match=r"images \(3, 2, 2\) of uint8 are expected, channels"
+        ):
+            check_spaces(screen, frames)
+    check_spaces(Screen((3, 2, 2), np.uint8), frames)
     policy = Constant(1.0)
     policy.spec = Spec(2, 2)
     with pytest.raises(SaferlError, match=r"takes 1 continuous .* but 2 continuous"):

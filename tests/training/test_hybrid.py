@@ -105,6 +105,10 @@ def test_alternating_blocks_and_shares_that_move():
     source = mixture(share_rule="proportional")
     assert source.share() == pytest.approx([50 / 80] * 2)
     assert (logged_share(source.sample(8)) == 5 / 8).all()
+    source = mixture(share_rule="proportional", offline=490, online=10)
+    own = torch.cat([1 - logged_share(source.sample(8)) for _ in range(1000)], 1) * 8
+    assert set(own.unique().tolist()) == {0.0, 1.0}  # 0.16 of eight rows, by chance
+    assert own.mean(1).tolist() == pytest.approx([0.16, 0.16], abs=4 * (0.16 * 0.84 / 1000) ** 0.5)
     source = mixture(share_rule="annealed", anneal_steps=100, offline_share=1.0, final_share=0.5)
     for steps, share in ((0, 1.0), (50, 0.75), (100, 0.5), (1000, 0.5)):
         source.steps = steps
@@ -257,6 +261,7 @@ SETTINGS = {
     "mixed": (TINY, True),
     "block": (TINY | {"sampling": "block", "inner_steps": 3, "utd": 2.0}, True),
     "offline first": (TINY | {"offline_steps": 15}, True),
+    "budget": (TINY | {"exploration_budget": [2.0, 1e9]}, True),
 }
 
 
@@ -273,10 +278,23 @@ def test_resumed_in_mid_episode_is_unbroken(case, step, point, tmp_path, monkeyp
     assert RunFolder(tmp_path / "broken").steps()[-1] == step  # episodes have 20 steps
     saferl.resume(tmp_path / "broken", dataset=data, device="cpu", progress=False)
     same(whole.path, tmp_path / "broken")
+    if case == "budget" and step == 35:
+        exploring = RunFolder(whole.path).load()[0]["engine.acting.exploring"]
+        assert exploring.tolist() == [False, False, True, True]
 
 
-def test_mujoco_comes_back_to_the_bit(tmp_path, monkeypatch):
-    options = {"env": "saferl/HopperVelocity-v0", "members": 1, "eval_episodes": 1, "steps": 50,
+SIMULATORS = {
+    "saferl/HopperVelocity-v0": "mujoco",
+    "saferl/PointMaze-Medium-v0": "gymnasium_robotics",
+    "saferl/AntMaze-UMaze-v0": "gymnasium_robotics",
+    "dmc/walker-walk-v0": "dm_control",
+}
+
+
+@pytest.mark.parametrize("env", SIMULATORS)
+def test_simulators_come_back_to_the_bit(env, tmp_path, monkeypatch):
+    pytest.importorskip(SIMULATORS[env])
+    options = {"env": env, "members": 1, "eval_episodes": 1, "steps": 50,
                "eval_interval": 0}  # fmt: skip
     whole = quick(tmp_path / "whole", **options)
     undo = interrupt_at(monkeypatch, 28)
@@ -458,6 +476,20 @@ class Toll(PointEnv):
         return *rest, {"cost": 0.5}
 
 
+def test_a_budget_of_nothing_is_said(point, tmp_path, capsys):
+    settings = TINY | {"exploration_budget": [0.0, 1e9]}
+    quick(tmp_path / "run", point, env=Toll, settings=settings, members=1, progress=True)
+    said = [line for line in capsys.readouterr().out.splitlines() if "does not act" in line]
+    assert len(said) == 1 and "its exploration_budget is 0" in said[0]
+
+
+def test_costs_of_the_environment_are_kept_beside_data_without(tmp_path):
+    data = point_dataset()
+    arrays = {name: getattr(data, name) for name in saferl.Dataset.FIELDS if name != "costs"}
+    run = quick(tmp_path / "run", saferl.Dataset.from_arrays(**arrays, card=data.card), env=Toll)
+    assert (saferl.gathered(run.path).costs == 0.5).all()
+
+
 def test_an_exploration_budget_ends_exploring_and_says_so(point, tmp_path, capsys):
     settings = TINY | {"exploration_budget": [10.0, 1e9]}
     run = quick(tmp_path / "run", point, env=Toll, settings=settings, members=1, progress=True)
@@ -510,6 +542,8 @@ BAD = [
     ({"data": "wide"}, r"takes actions in \[-2, 2\], but those of the data lie in \[-5, 5\]"),
     ({"env": Silent, "settings": {"exploration_budget": 5.0}}, "Silent reports no cost"),
     ({"env": Silent, "settings": {"cost_limit": 5.0}}, "Silent reports no cost"),
+    ({"env": Silent, "guard": lambda policy: budgeted(policy)}, "Silent reports no cost"),
+    ({"env": lambda: gymnasium.make_vec("Pendulum-v1", 2)}, "a vector of environments was given"),
     ({"start_from": "nowhere"}, "nowhere"),
 ]
 
@@ -675,7 +709,7 @@ def test_a_guard_that_draws_goes_on_where_it_stood(step, tmp_path, monkeypatch):
 
 
 def test_a_guarded_step_that_fails_is_not_in_the_guards_books(tmp_path, monkeypatch):
-    monkeypatch.setattr(Failing, "steps", 0)
+    monkeypatch.setattr(Failing, "steps", -1)  # one step sees whether costs are reported
     monkeypatch.setattr(Failing, "how", "crash")
     options = {"eval_interval": 0, "guard": drawing}
     with pytest.raises(SaferlError, match="up to step 34 is kept"):
