@@ -71,6 +71,15 @@ class Book:
             print(f"{common.now()} {name_of(key)}: {text}", file=sys.stderr, flush=True)
         return failed
 
+    def told(self) -> str:
+        """The command that trained, with its last call, the date of the last run and the CPU."""
+        content = self.content
+        command, dates = content["command"], [r["date"] for r in content["runs"] if "date" in r]
+        first = " ".join(command.split()[:2])
+        last = "" if command == first else f", in several calls (the last: `{command}`)"
+        date = max(dates, default=content["date"])
+        return f"`{first}`{last}, {date}, {content['machine']['cpu']}"
+
     def entries(self, keys: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Each key with its ``run`` on the data as they are now, or None."""
         entries = []

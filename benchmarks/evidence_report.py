@@ -355,8 +355,7 @@ def write(
         + report(rows, differences, varied, missing, datasets)
         + f"\n![scores during training]({stem}_curves.png)\n\n## Scale\n\n"
         + scale([e["run"] for e in finished])
-        + f"\n\n`{book.content['command']}`, {book.content['date']}, "
-        + f"{book.content['machine']['cpu']}.\n"
+        + f"\n\n{book.told()}.\n"
     )
     (folder / f"{stem}.md").write_text(text)
     return text

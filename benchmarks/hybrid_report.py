@@ -313,12 +313,10 @@ def write(book: Any, entries: Sequence[Row], folder: Path) -> str:
     rows = [row for entry in finished for row in rows_of(entry)]
     missing = [f"{e['task']}: {e['method']}" for e in entries if not e["run"]]
     plot(rows, folder / "hybrid.png")
-    content, date = book.content, max(entry["run"]["date"] for entry in finished)
     text = (
         "# Offline data and an environment together\n\n![return over steps](hybrid.png)\n\n"
-        + report(rows, content["datasets"], missing)
-        + f"\n`{content['command']}`, {date}, {content['machine']['cpu']}, "
-        + "one thread of a machine that was busy with other work.\n"
+        + report(rows, book.content["datasets"], missing)
+        + f"\n{book.told()}, one thread of a machine that was busy with other work.\n"
     )
     (folder / "hybrid.md").write_text(text)
     return text

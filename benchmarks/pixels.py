@@ -239,13 +239,14 @@ def report(book: Book, keys: list[dict[str, Any]], out: Path) -> str:
             f"{facts['mean_return']:.0f}. The environment alone: {rate:.0f} agent steps/s "
             f"({rate * task.repeat:.0f} control steps).\n\n{table(runs)}\n"
         )
-    missing = [f"{name_of(e)}, {e['arm']}, seed {e['seed']}" for e in entries if not e["run"]]
+    missing: dict[str, list[str]] = {}
+    for entry in entries:
+        if not entry["run"]:
+            missing.setdefault(f"{name_of(entry)}, {entry['arm']}", []).append(str(entry["seed"]))
     if missing:
-        parts.append(f"Not trained: {'; '.join(missing)}.\n")
-    parts.append(
-        f"`{content['command']}`, {max(entry['run']['date'] for entry in finished)}, "
-        f"{content['machine']['cpu']}, one thread of a machine that was busy with other work.\n"
-    )
+        lines = (f"{what}: seed {', '.join(seeds)}" for what, seeds in missing.items())
+        parts.append(f"Not trained: {'; '.join(lines)}.\n")
+    parts.append(f"{book.told()}, one thread of a machine that was busy with other work.\n")
     text = "\n".join(parts)
     (out / "pixels.md").write_text(text)
     return text
