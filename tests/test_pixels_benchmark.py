@@ -47,4 +47,4 @@ def test_run_resume_and_report(tmp_path, monkeypatch, capsys):
     assert pixels.main([*words, *arms, "--seeds", "2"]) == 0
     assert capsys.readouterr().err.count("done before") == 4
     assert pixels.main([*words, "--seeds", "1", "--report"]) == 0
-    assert "Not trained: walker, MOORL, K 2, η 0.5, seed 0" in capsys.readouterr().out
+    assert "Not trained: walker, MOORL, K 2, η 0.5: seed 0" in capsys.readouterr().out
