@@ -232,6 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         counts = [options.members] if options.members else [1, 3]
         found = [hybrid_speed.speed(options.rounds, [256, 256], m) for m in counts]
+        found.append(hybrid_speed.speed(options.rounds, [64, 64], 1))
         common.write_json(options.out / "hybrid_speed.json", {"speed": found})
         print("\n".join(map(hybrid_speed.told, found)))
         return 0
