@@ -85,18 +85,18 @@ class Mixture:
         """``[M, total]``: one batch after the other, each with its share of both."""
         rows = min(self.config.batch_size, total)
         n, counts = total // rows, self._counts(rows)
+        if (counts == counts[0]).all():
+            return self._draw(range(len(counts)), n, rows, int(counts[0]))
         parts, order = [], []
         for count in np.unique(counts):
             members = np.flatnonzero(counts == count).tolist()
             order += members
             parts.append(self._draw(members, n, rows, int(count)))
-        if len(parts) == 1:
-            return parts[0]
         back = torch.from_numpy(np.argsort(order)).to(self.online.device)
         whole = Batch.concatenate(parts, 0)
         return Batch(*(None if field is None else field[back] for field in whole))
 
-    def _draw(self, members: list[int], n: int, rows: int, count: int) -> Batch:
+    def _draw(self, members: Sequence[int], n: int, rows: int, count: int) -> Batch:
         if count == rows:
             return self.offline.sample_of(members, n * rows)
         if count == 0:
@@ -112,7 +112,7 @@ class Mixture:
         whole = Batch.concatenate(cut, 2)
         return Batch(*(None if f is None else f.flatten(1, 2) for f in whole))
 
-    def _own(self, members: list[int], rows: int) -> Batch:
+    def _own(self, members: Sequence[int], rows: int) -> Batch:
         """Rows that members gathered, with costs only where the dataset has them too."""
         batch = self.online.sample_of(members, rows)
         known = self.offline is None or self.offline.costs

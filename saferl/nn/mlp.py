@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saferl.nn.blocks import ManyActions
-from saferl.nn.perceptron import Layers, Plan
+from saferl.nn.perceptron import Plan, run
 from saferl.rng import MemberRandom
 
 # An initialiser fills one layer in torch.nn.Linear's layout: weight [out, in] and bias [out].
@@ -133,7 +133,7 @@ class MLP(nn.Module):
         """Some layers, with ReLUs between them."""
         weights, biases = (stack[layers] for stack in self._stacks)
         plan = Plan(len(inputs), elements, _compute or weights[0].dtype, frozen)
-        return Layers.apply(plan, *inputs, *weights, *biases)
+        return run(plan, *inputs, *weights, *biases)
 
     def _activate(self, x: Tensor, layer: int, elements: int) -> Tensor:
         if self.scales:

@@ -74,22 +74,12 @@ class Layers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plan: Plan, *tensors: Tensor) -> Tensor:
-        inputs, weights, biases = plan.split(tensors)
-        x, units = plan.join(inputs), []
-        stacks = [plan.stack(weight) for weight in weights]
-        for weight, bias in zip(stacks, map(plan.stack, biases)):
-            if units:
-                x.relu_()
-            units.append(x)
-            if weight.shape[-1] <= NARROW:
-                x = torch.bmm(weight.mT, x.mT).mT.add_(bias)
-            else:
-                x = torch.baddbmm(bias, x, weight, out=_room(x, x.shape[1], weight.shape[2]))
+        out, units, stacks = _forward(plan, tensors)
         if any(ctx.needs_input_grad):
-            copies = stacks if plan.dtype != weights[0].dtype else []
+            copies = stacks if plan.dtype != tensors[plan.parts].dtype else []
             ctx.save_for_backward(*tensors, *units, *copies)
             ctx.plan = plan
-        return plan.unstack(x, inputs[0])
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -123,6 +113,29 @@ class Layers(torch.autograd.Function):
             columns = slice(start, start := start + x.shape[-1])
             dinputs.append(_to_input(d, stacks[0][:, columns], x, plan) if need else None)
         return None, *dinputs, *dweights, *dbiases
+
+
+def run(plan: Plan, *tensors: Tensor) -> Tensor:
+    """`Layers`, without a node of the graph where none is wanted."""
+    if torch.is_grad_enabled():
+        return Layers.apply(plan, *tensors)
+    return _forward(plan, tensors)[0]
+
+
+def _forward(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The output, the input of each layer and the weights, in the type of the products."""
+    inputs, weights, biases = plan.split(tensors)
+    x, units = plan.join(inputs), []
+    stacks = [plan.stack(weight) for weight in weights]
+    for weight, bias in zip(stacks, map(plan.stack, biases)):
+        if units:
+            x.relu_()
+        units.append(x)
+        if weight.shape[-1] <= NARROW:
+            x = torch.bmm(weight.mT, x.mT).mT.add_(bias)
+        else:
+            x = torch.baddbmm(bias, x, weight, out=_room(x, x.shape[1], weight.shape[2]))
+    return plan.unstack(x, inputs[0]), units, stacks
 
 
 def _room(like: Tensor, rows: int, columns: int) -> Tensor | None:

@@ -214,7 +214,7 @@ class HybridEngine(Engine):
     ) -> None:
         """What the members ``which`` did goes to their buffers, their books and their budgets."""
         slots = self.slots
-        over = np.isin(which, ended)
+        over = ~slots.running[which]
         if self.guards:
             for m, end in zip(which, over):
                 self.guards[m].observe(slots.costs[m], end)
