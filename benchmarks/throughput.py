@@ -334,6 +334,16 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def write(document: dict[str, Any], path: Path) -> str:
+    """The JSON, the plot and the report, which is returned."""
+    document["verdicts"] = throughput_report.verdicts(document)
+    common.write_json(path, document)
+    throughput_report.plot(document, path.with_suffix(".png"))
+    text = throughput_report.report(document)
+    path.with_suffix(".md").write_text(text)
+    return text
+
+
 def main() -> None:
     options = parse()
     if options.device == "cuda":
@@ -366,27 +376,29 @@ def main() -> None:
     }
     with contextlib.suppress(OSError, ValueError, KeyError):
         earlier = json.loads(path.read_text())
-        if all(earlier[k] == document[k] for k in ("machine", "versions", "quick")):
+        same = all(earlier[k] == document[k] for k in ("machine", "quick"))
+        if same and earlier["versions"]["ours"] == versions["ours"]:
             document["parts"] = earlier["parts"]
+            document["versions"] = earlier["versions"] | versions
     for part in options.parts:
         if part == "long":
             todo = [task for task in LONG if task[0] in agents]
         else:
             todo = [(agent,) for agent in agents if part == "matrix" or agent in NETWORKS]
-        rows = [
-            attempt(" ".join(map(str, (part, *task))), getattr(bench, part), *task) for task in todo
-        ]
-        document["parts"][part] = {
-            "command": common.command(),
-            "date": common.now(),
-            "clock": options.clock,
-            "rows": rows,
-        }
-        document["verdicts"] = throughput_report.verdicts(document)
-        common.write_json(path, document)
-        throughput_report.plot(document, path.with_suffix(".png"))
-        text = throughput_report.report(document)
-        path.with_suffix(".md").write_text(text)
+        rows = document["parts"].get(part, {}).get("rows", [])
+        for task in todo:
+            name = " ".join(map(str, (part, *task)))
+            row = attempt(name, getattr(bench, part), *task)
+            rows = [row for row in rows if row["name"] != name]
+            rows.append(row | {"name": name, "date": common.now()})
+            rows.sort(key=lambda row: facts["agents"].index(row["agent"]))
+            document["parts"][part] = {
+                "command": common.command(),
+                "date": common.now(),
+                "clock": options.clock,
+                "rows": rows,
+            }
+            text = write(document, path)
     print(text, end="")
     print(f"written to {path}", file=sys.stderr)
 

@@ -329,9 +329,12 @@ def test_the_command_runs_and_keeps_parts(tmp_path):
                "--out", str(tmp_path), "--parts"]  # fmt: skip
     for part in ("long", "beside"):
         subprocess.run([*command, part], check=True, capture_output=True, text=True)
+    command[command.index("td3_bc")] = "bc"
+    subprocess.run([*command, "beside"], check=True, capture_output=True, text=True)
     written = json.loads((tmp_path / "throughput.json").read_text())
     assert set(written["parts"]) == {"long", "beside"}
-    assert written["parts"]["beside"]["rows"][0]["sides"]["saferl"]["ms"] > 0
+    assert [row["agent"] for row in written["parts"]["beside"]["rows"]] == ["bc", "td3_bc"]
+    assert all(row["sides"]["saferl"]["ms"] > 0 for row in written["parts"]["beside"]["rows"])
     assert {"machine", "versions", "data"} <= set(written)
     assert "td3_bc" in (tmp_path / "throughput.md").read_text()
 
