@@ -61,7 +61,7 @@ def passes(agent: str, observation_dim: int, action_dim: int, config: Any) -> li
         KeyError: no list for this agent; `counted` asks torch.
     """
     o, a, rows, hidden = observation_dim, action_dim, config.batch_size, tuple(config.hidden)
-    critic_hidden = tuple(getattr(config, "critic_hidden", hidden))
+    critic_hidden = tuple(getattr(config, "critic_hidden", ()) or hidden)  # none: as the actor's
     actor, critic, value = (o, *hidden, a), (o + a, *critic_hidden, 1), (o, *hidden, 1)
     gaussian = (o, *hidden, 2 * a)  # mean and log σ
     target = Pass(critic, rows, 2)  # 2 Q̄(s', a')

@@ -113,6 +113,7 @@ class Bench:
         ways = [("saferl", "fp32", "auto"), ("saferl bf16", "bf16", "auto")]
         if cpu and "compile" in KINDS:  # where auto is eager
             ways.append(("saferl compile", "fp32", "compile"))
+            ways.append(("saferl bf16 compile", "bf16", "compile"))
         for name, precision, kind in ways:
             made = ours("make", key=name, kind=kind, precision=precision, **task)
             made |= {} if "missing" in made else ours(
@@ -261,7 +262,7 @@ class Bench:
 
 def floors_of(side: str, facts: dict[str, Any], rates: dict[str, list[float]]) -> list[float]:
     """Milliseconds of the arithmetic in each round, in the side's own precision."""
-    precision = "bf16" if side.endswith("bf16") else "fp32"
+    precision = "bf16" if "bf16" in side else "fp32"
     return [1e3 * facts["multiply_adds"] / rate for rate in rates[precision]]
 
 

@@ -16,9 +16,11 @@ PLAIN_TARGETS = {  # our update / the plain one's, at most (CPU)
     ("a2pr", "saferl"): 0.85,
     ("a2pr", "saferl compile"): 0.85,
     ("a2pr", "saferl bf16"): 0.5,
+    ("a2pr", "saferl bf16 compile"): 0.5,
     ("cql", "saferl bf16"): 0.45,
+    ("cql", "saferl bf16 compile"): 0.45,
 }
-NEEDS_AMX = {("a2pr", "saferl bf16")}
+NEEDS_AMX = {("a2pr", "saferl bf16"), ("a2pr", "saferl bf16 compile")}
 FLOOR_TARGETS = {"a2pr": 1.8, "cql": 1.8}  # update / floor in fp32, at most (CPU)
 SAMPLING_TARGET = 0.03  # of an update, at most; in long runs with logging, of the loop
 MINUTES = {("a2pr", 1): 4, ("a2pr", 16): 15, ("td3_bc", 1): 2, ("cql", 1): 8}  # GPU, a million
@@ -220,7 +222,7 @@ def long_verdicts(row: dict[str, Any], cpu: bool) -> list[str]:
 
 COLOURS = {"plain": "#9aa5b1", "d3rlpy": "#6b7785", "d3rlpy compile": "#3d4753",
            "saferl": "#1f6fb2", "saferl compile": "#17507f", "saferl bf16": "#7fb8e6",
-           "floor": "#e0a030"}  # fmt: skip
+           "saferl bf16 compile": "#b9d9f2", "floor": "#e0a030"}  # fmt: skip
 LINES = {"eager": "-", "compile": "--", "cuda_graph": ":"}
 
 

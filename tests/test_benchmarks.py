@@ -84,15 +84,18 @@ def under_a_limit(agent: str, o: int, a: int, config) -> list[floors.Pass]:
 
 
 @pytest.mark.parametrize(
-    ("agent", "limit"), [(agent, None) for agent in COUNTED] + [("a2pr", 10.0), ("sac", 10.0)]
+    ("agent", "limit", "own"),
+    [(agent, None, True) for agent in COUNTED]
+    + [("sac", None, False), ("a2pr", 10.0, True), ("sac", 10.0, True)],
 )
-def test_an_update_multiplies_what_the_floor_counts(agent, limit):
+def test_an_update_multiplies_what_the_floor_counts(agent, limit, own):
     """Product for product; so no gradient of a parameter is formed that nothing uses."""
     o, a, rows = 7, 3, 64
     cls = agent_class(agent)
     layers = {"hidden": [32, 24], "critic_hidden": [32, 16, 24], "value_hidden": [32, 8],
               "vae_hidden": [48, 40], "batch_size": rows, "samples": 4}  # fmt: skip
     layers |= {} if limit is None else {"cost_limit": limit}
+    layers |= {} if own else {"critic_hidden": []}  # the critics' layers are the actor's
     config = cls.make_config({k: v for k, v in layers.items() if hasattr(cls.Config(), k)})
     bounds_of_actions = () if cls.discrete else ((-1.0,) * a, (1.0,) * a)
     learner = cls(Spec(o, a, cls.discrete, *bounds_of_actions, horizon=50), config, [0])
