@@ -25,7 +25,7 @@ from saferl.rng import MemberRandom
 from saferl.safety.limits import no_costs
 from saferl.spec import Spec
 
-from .config import AgentConfig, at_least, between, convert, per_member
+from .config import AgentConfig, check, convert, per_member
 
 Metrics = dict[str, Tensor]  # name → [M], on the device
 
@@ -91,11 +91,11 @@ class Agent:
             )
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            if isinstance(value, tuple) and not isinstance(field.default, tuple):
-                if len(value) != self.members:
-                    raise SaferlError(
-                        f"{field.name} has {len(value)} values for {self.members} members"
-                    )
+            varies = isinstance(value, tuple) and not isinstance(field.default, tuple)
+            if varies and len(value) != self.members:
+                raise SaferlError(
+                    f"{field.name} has {len(value)} values for {self.members} members"
+                )
         self.updates = 0
         self.now = self.pattern(0)
         self.random = MemberRandom(self.seeds, self.device, stream=1)
@@ -116,26 +116,7 @@ class Agent:
             if key not in fields:
                 raise unknown("config key", key, fields)
         config = cls.Config(**{k: convert(k, v, fields[k].default) for k, v in values.items()})
-        for name, field in fields.items():
-            found = per_member(config, name)
-            if isinstance(field.default, tuple):  # layers and the like
-                if any(size < 1 for size in found):
-                    raise SaferlError(f"{name} takes numbers of 1 or more, got {found}")
-                continue
-            if isinstance(getattr(config, name), tuple) and name not in cls.variants:
-                raise SaferlError(
-                    f"{name} cannot differ between members; these can: "
-                    f"{', '.join(sorted(cls.variants)) or 'none'}"
-                )
-            odd = any(value != value for value in found)
-            if odd and name != "cost_limit":  # which `check_limit` refuses in its own words
-                raise SaferlError(f"{name} = nan is not a number: give it one")
-            if name in ("batch_size", "policy_interval"):
-                at_least(config, name, 1)
-            if name == "tau":
-                between(config, name, 0, 1)
-            if name.endswith("lr"):
-                at_least(config, name, 0)
+        check(config, cls.variants)
         return config
 
     # What a method provides.

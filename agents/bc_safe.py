@@ -32,8 +32,8 @@ import numpy as np
 from saferl.errors import SaferlError
 from saferl.safety.limits import check_limit, no_costs
 
-from .base import AgentConfig, per_member
 from .bc import BC, check_fraction
+from .config import AgentConfig, per_member
 
 
 @dataclass(frozen=True)

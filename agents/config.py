@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,33 @@ def between(config: Any, name: str, low: float, high: float, above: bool = False
     for value in per_member(config, name):
         if not low <= value <= high or (above and value == low):
             raise SaferlError(f"{name} must be {lower} at most {high:g}, got {value:g}")
+
+
+def check(config: AgentConfig, variants: frozenset[str]) -> None:
+    """Raise `SaferlError` where a value cannot be meant, whichever agent it is for.
+
+    ``variants``: names of the fields that may differ between members.
+    """
+    for field in dataclasses.fields(config):
+        name, found = field.name, per_member(config, field.name)
+        if isinstance(field.default, tuple):  # layers and the like
+            if any(size < 1 for size in found):
+                raise SaferlError(f"{name} takes numbers of 1 or more, got {found}")
+            continue
+        if isinstance(getattr(config, name), tuple) and name not in variants:
+            raise SaferlError(
+                f"{name} cannot differ between members; these can: "
+                f"{', '.join(sorted(variants)) or 'none'}"
+            )
+        odd = any(value != value for value in found)
+        if odd and name != "cost_limit":  # which `check_limit` refuses in its own words
+            raise SaferlError(f"{name} = nan is not a number: give it one")
+        if name in ("batch_size", "policy_interval"):
+            at_least(config, name, 1)
+        if name == "tau":
+            between(config, name, 0, 1)
+        if name.endswith("lr"):
+            at_least(config, name, 0)
 
 
 def convert(key: str, value: Any, default: Any) -> Any:

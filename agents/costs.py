@@ -39,7 +39,8 @@ from saferl.rng import MemberRandom
 from saferl.safety.limits import check_limit, convert, no_costs, relative_excess
 from saferl.safety.multipliers import Multipliers
 
-from .base import Agent, AgentConfig, per_member
+from .base import Agent
+from .config import AgentConfig, per_member
 
 Weights = tuple[Tensor, Tensor]  # of Q and of Qc in P, each [M, 1]
 

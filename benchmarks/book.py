@@ -71,7 +71,7 @@ class Book:
             print(f"{common.now()} {name_of(key)}: {text}", file=sys.stderr, flush=True)
         return failed
 
-    def told(self) -> str:
+    def source(self) -> str:
         """The command that trained, with its last call, the date of the last run and the CPU."""
         content = self.content
         command, dates = content["command"], [r["date"] for r in content["runs"] if "date" in r]

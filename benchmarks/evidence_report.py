@@ -355,7 +355,7 @@ def write(
         + report(rows, differences, varied, missing, datasets)
         + f"\n![scores during training]({stem}_curves.png)\n\n## Scale\n\n"
         + scale([e["run"] for e in finished])
-        + f"\n\n{book.told()}.\n"
+        + f"\n\n{book.source()}.\n"
     )
     (folder / f"{stem}.md").write_text(text)
     return text

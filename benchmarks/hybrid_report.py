@@ -316,7 +316,7 @@ def write(book: Any, entries: Sequence[Row], folder: Path) -> str:
     text = (
         "# Offline data and an environment together\n\n![return over steps](hybrid.png)\n\n"
         + report(rows, book.content["datasets"], missing)
-        + f"\n{book.told()}, one thread of a machine that was busy with other work.\n"
+        + f"\n{book.source()}, one thread of a machine that was busy with other work.\n"
     )
     (folder / "hybrid.md").write_text(text)
     return text

@@ -252,7 +252,7 @@ def write(
         "# Do agents keep a cost limit?\n\n![return against cost](limits.png)\n\n"
         + report(rows, book.content["datasets"], missing)
         + f"\n## Scale\n\n{scale(finished)}\n\nSeconds are of the wall on a machine that was busy "
-        + f"with other work.\n\n{book.told()}.\n"
+        + f"with other work.\n\n{book.source()}.\n"
     )
     (folder / "limits.md").write_text(text)
     return text

@@ -246,7 +246,7 @@ def report(book: Book, keys: list[dict[str, Any]], out: Path) -> str:
     if missing:
         lines = (f"{what}: seed {', '.join(seeds)}" for what, seeds in missing.items())
         parts.append(f"Not trained: {'; '.join(lines)}.\n")
-    parts.append(f"{book.told()}, one thread of a machine that was busy with other work.\n")
+    parts.append(f"{book.source()}, one thread of a machine that was busy with other work.\n")
     text = "\n".join(parts)
     (out / "pixels.md").write_text(text)
     return text

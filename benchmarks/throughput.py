@@ -226,14 +226,16 @@ class Bench:
             with self.ours() as ours:
                 found = ours("long", seconds=seconds, log_interval=interval, **task)
             if "missing" not in found:
-                with self.ours() as ours:
-                    estimate = ours("estimate", **task)
-                missing = {"estimated_bytes": None, "estimate": estimate}
-                found |= missing if "missing" in estimate else estimate
                 if self.device == "cpu":
                     # The C library keeps freed blocks for later, which is no need of the run.
                     with self.ours(MALLOC_MMAP_THRESHOLD_="131072") as ours:
                         found |= {"resident_bytes": found["memory_bytes"]} | ours("memory", **task)
+                    estimate = found.pop("estimate")
+                else:
+                    with self.ours() as ours:
+                        estimate = ours("estimate", **task)
+                missing = {"estimated_bytes": None, "estimate": estimate}
+                found |= missing if "missing" in estimate else estimate
             rows.append({"side": "saferl", "precision": precision, "members": members} | found)
         if agent in common.SETTINGS and members == 1 and self.peer:
             with common.Worker(self.peer(), HERE / "peer_d3rlpy.py") as peer:
@@ -399,7 +401,8 @@ def main() -> None:
                 "clock": options.clock,
                 "rows": rows,
             }
-            text = write(document, path)
+            common.write_json(path, document)
+        text = write(document, path)
     print(text, end="")
     print(f"written to {path}", file=sys.stderr)
 

@@ -48,11 +48,11 @@ def _check_spaces(name: str, spaces: _Spaces, spec: Any) -> None:
             f"{name} has observations of {spaces.observation_dim} numbers, but "
             f"{spec.observation_dim} are expected: {advice}"
         )
-    image = getattr(spec, "image", ())
-    if image and (spaces.shape, spaces.dtype) != (image, np.uint8):
+    image, space = getattr(spec, "image", ()), spaces.space
+    if image and (space.shape, space.dtype) != (image, np.uint8):
         raise SaferlError(
-            f"{name} has observations {spaces.shape} of {spaces.dtype}, but images {image} of "
-            f"uint8 are expected, channels first: {advice}"
+            f"{name} has observations {space.shape} of {space.dtype}, but images {image} of uint8 "
+            f"are expected, channels first: {advice}"
         )
     wanted = _actions(spec.discrete, spec.action_dim)
     found = _actions(spaces.discrete, spaces.action_dim)
@@ -94,9 +94,8 @@ class _Spaces:
                 f"action space {action} is neither Box nor Discrete: wrap the environment so that "
                 "it is"
             )
-        self.shape, self.dtype = space.shape, space.dtype  # of a Box
         self._box = isinstance(space, spaces.Box)
-        self._space, self._flatten = space, spaces.flatten
+        self.space, self._flatten = space, spaces.flatten
         if self.discrete:
             self.action_dim, self._start = int(action.n), int(action.start)
         else:
@@ -108,7 +107,7 @@ class _Spaces:
     def flatten(self, observation: Any) -> np.ndarray:
         if self._box:
             return np.asarray(observation).reshape(-1)
-        return self._flatten(self._space, observation)
+        return self._flatten(self.space, observation)
 
     def clip(self, actions: np.ndarray) -> np.ndarray:
         """``[B, A]`` float32 inside the Box, or ``[B]`` int64: what is executed and recorded."""

@@ -221,11 +221,11 @@ def resume(
             the run began with.
     """
     folder = RunFolder(run)
-    plan = folder.config()
+    written = folder.config()
     torch_device = pick_device(device)
-    cls = agent_class(plan["agent"])
+    cls = agent_class(written["agent"])
     earlier = {"guard": None, "keep_checkpoints": KEPT_CHECKPOINTS, "engine": "auto"}
-    plan = earlier | plan  # that other versions wrote
+    plan = earlier | written  # by this version or another
     if engine is not None:
         plan["engine"] = engine
     _check_machine(cls, plan["engine"], plan["precision"], torch_device)
@@ -248,7 +248,7 @@ def resume(
     if steps is not None and steps < plan["steps"]:
         raise SaferlError(f"{run} was planned for {plan['steps']} steps: they may grow, not shrink")
     plan["steps"] = steps or plan["steps"]
-    if plan != folder.config():
+    if plan != written:
         folder.write_config(plan)
     environment = env if plan["env"] == OBJECT else plan["env"]
     return _execute(
@@ -392,10 +392,11 @@ def load_agent(run: str | Path, step: int | None = None, device: str = "cpu"):
     Raises:
         SaferlError: no such run or checkpoint, or one that another version of the agent wrote.
     """
-    state, header = RunFolder(run).load(step)
+    folder = RunFolder(run)
+    state, header = folder.load(step)
     cls = agent_class(header["agent"])
     config, spec = cls.make_config(header["config"]), Spec.from_dict(header["spec"])
-    precision = RunFolder(run).config()["precision"]
+    precision = folder.config()["precision"]
     agent = cls(spec, config, header["seeds"], pick_device(device), precision)
     restore(agent, state, header["agent"], run)
     return agent
