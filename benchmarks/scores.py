@@ -26,6 +26,7 @@ from typing import Any
 
 import common
 import numpy as np
+from book import Book
 from scores_report import (
     IMPLEMENTATIONS,
     NOT_D4RL,
@@ -245,30 +246,25 @@ def serve() -> None:
 # The schedule --------------------------------------------------------------------------------
 
 
-class Book:
+class Scores(Book):
     """results/scores.json: what has been trained, one entry per dataset, agent, side and seed."""
 
     def __init__(self, path: Path, fresh: bool):
-        import json
-
-        self.path, self.lock = path, threading.Lock()
-        self.content: dict[str, Any] = {"datasets": {}, "runs": []}
-        if path.exists() and not fresh:
-            self.content = json.loads(path.read_text())
+        super().__init__(path, fresh)
+        self.lock = threading.Lock()
 
     def runs(self, wanted: dict[str, Any]) -> list[dict[str, Any]]:
         """The trainings with these values, by seed."""
-        found = [run for run in self.content["runs"] if all(run[k] == v for k, v in wanted.items())]
-        return sorted(found, key=lambda run: run["seed"])
+        return sorted(self.matching(wanted), key=lambda run: run["seed"])
 
-    def add(self, runs: Sequence[dict[str, Any]]) -> None:
+    def extend(self, runs: Sequence[dict[str, Any]]) -> None:
         with self.lock:
             self.content["runs"] += runs
-            common.write_json(self.path, self.content)
+            self.save()
 
 
 def lane(
-    tasks: queue.Queue, book: Book, options: argparse.Namespace, folder: Path, failed: list
+    tasks: queue.Queue, book: Scores, options: argparse.Namespace, folder: Path, failed: list
 ) -> None:
     """One of the ``--jobs`` threads: a process of each side, working through the tasks."""
     here = Path(__file__).parent
@@ -282,7 +278,7 @@ def lane(
             except queue.Empty:
                 return
             try:
-                book.add(work(task, ours, peer, options, folder))
+                book.extend(work(task, ours, peer, options, folder))
             except Exception as error:  # the other lane stops after its own training
                 failed.append(error)
 
@@ -317,7 +313,7 @@ def work(
     return [key | row for row in found]
 
 
-def schedule(options: argparse.Namespace, datasets: dict[str, Any], book: Book) -> list:
+def schedule(options: argparse.Namespace, datasets: dict[str, Any], book: Scores) -> list:
     """What is still to be trained, agent by agent: an early stop leaves whole comparisons."""
     tasks = []
     for agent in options.agents:
@@ -361,7 +357,7 @@ def main() -> None:
         names, stem = list(SHARED), "scores_shared"
 
     python = common.peer_python(options.peer_python)  # made once, before the threads ask for it
-    book = Book(options.out / f"{stem}.json", options.fresh)
+    book = Scores(options.out / f"{stem}.json", options.fresh)
     here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -403,7 +399,7 @@ def main() -> None:
             thread.join()
     rows = summarise(book, options)
     book.content |= {"rows": rows, "date": common.now()}
-    common.write_json(book.path, book.content)
+    book.save()
     if failed:
         raise failed[0]
     plot(rows, options.out / f"{stem}.png")

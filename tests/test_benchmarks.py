@@ -378,15 +378,15 @@ def test_finished_trainings_are_skipped_and_unfinished_ones_are_not(tmp_path):
         agents=["bc", "cql"], seeds=2, steps=None, hidden=[8], batch_size=4
     )
     facts = {"d": {"fingerprint": "f"}}
-    book = scores.Book(tmp_path / "scores.json", fresh=False)
+    book = scores.Scores(tmp_path / "scores.json", fresh=False)
     tasks = scores.schedule(options, facts, book)
     assert [(t["agent"], t["implementation"], t.get("seed")) for t in tasks] == [
         ("bc", "saferl", None), ("bc", "d3rlpy", 0), ("bc", "d3rlpy", 1),
         ("cql", "saferl", None), ("cql", "d3rlpy", 0), ("cql", "d3rlpy", 1),
     ]  # fmt: skip
     key = scores_report.configuration(options, "d", facts["d"], "bc", "d3rlpy")
-    book.add([key | {"seed": 1, "returns": [1.0]}])
-    again = scores.Book(tmp_path / "scores.json", fresh=False)
+    book.extend([key | {"seed": 1, "returns": [1.0]}])
+    again = scores.Scores(tmp_path / "scores.json", fresh=False)
     left = scores.schedule(options, facts, again)
     assert len(left) == 5
     assert ("bc", "d3rlpy", 1) not in [

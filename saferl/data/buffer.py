@@ -35,7 +35,11 @@ class Batch(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Batch:
         """The rows from ``start`` to ``stop`` of each member."""
-        return Batch(*(None if field is None else field[:, start:stop] for field in self))
+        return self.map(lambda field: field[:, start:stop])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """``change`` of each field that is there."""
+        return Batch(*(None if field is None else change(field) for field in self))
 
     @staticmethod
     def concatenate(batches: Sequence[Batch], axis: int) -> Batch:

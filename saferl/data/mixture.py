@@ -94,7 +94,7 @@ class Mixture:
             parts.append(self._draw(members, n, rows, int(count)))
         back = torch.from_numpy(np.argsort(order)).to(self.online.device)
         whole = Batch.concatenate(parts, 0)
-        return Batch(*(None if field is None else field[back] for field in whole))
+        return whole.map(lambda field: field[back])
 
     def _draw(self, members: Sequence[int], n: int, rows: int, count: int) -> Batch:
         if count == rows:
@@ -105,12 +105,8 @@ class Mixture:
         own = self._own(members, n * (rows - count))
         if n == 1:
             return Batch.concatenate([logged, own], 1)
-        cut = [
-            Batch(*(None if f is None else f.unflatten(1, (n, -1)) for f in part))
-            for part in (logged, own)
-        ]
-        whole = Batch.concatenate(cut, 2)
-        return Batch(*(None if f is None else f.flatten(1, 2) for f in whole))
+        cut = [part.map(lambda field: field.unflatten(1, (n, -1))) for part in (logged, own)]
+        return Batch.concatenate(cut, 2).map(lambda field: field.flatten(1, 2))
 
     def _own(self, members: Sequence[int], rows: int) -> Batch:
         """Rows that members gathered, with costs only where the dataset has them too."""

@@ -60,7 +60,7 @@ def make_batch(agent, seed: int = 0, rows: int = B, costs: bool = False) -> Batc
 
 def member_of(batch: Batch, m: int) -> Batch:
     """One member's rows, without the member axis."""
-    return Batch(*(None if field is None else field[m] for field in batch))
+    return batch.map(lambda field: field[m])
 
 
 class Net:
