@@ -127,7 +127,7 @@ def command() -> str:
     """The command line that is running, without options that name this machine's paths."""
     arguments, skip = [], False
     for argument in sys.argv[1:]:
-        path = argument in ("--peer-python", "--source", "--out")
+        path = argument in ("--peer-python", "--a2pr", "--corl", "--out")
         if not skip and not path:
             arguments.append(argument)
         skip = path

@@ -1,0 +1,351 @@
+"""Our updates beside those of published code, from the same weights, batches and random numbers.
+
+    git clone https://github.com/ltlhuuu/A2PR
+    git clone https://github.com/corl-team/CORL
+    python benchmarks/published.py --a2pr A2PR --corl CORL      # minutes
+
+A2PR's own code, and CORL's TD3+BC, IQL and CQL. Each class is built and stepped as it is, at the
+defaults of both sides, on a bundled dataset; what its file imports for other purposes (d4rl, wandb)
+is replaced by empty modules. Reported is how far apart the weights are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import common
+from scores import dataset_of
+
+DATASET = "saferl/hopper-velocity-medium-v0"
+READ_AT = (1, 2, 10, 100, 1000)  # updates
+SOURCES = {
+    "a2pr": "https://github.com/ltlhuuu/A2PR",
+    "corl": "https://github.com/corl-team/CORL",
+}
+
+
+def load(path: Path) -> ModuleType:
+    """A file of published code as a module."""
+    empty = {name: mock.MagicMock() for name in ("d4rl", "gym", "pyrallis", "wandb")}
+    spec = importlib.util.spec_from_file_location(f"published_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with imports_of(path.parent), mock.patch.dict(sys.modules, {**empty, spec.name: module}):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def imports_of(folder: Path) -> Iterator[None]:
+    """Modules are found in a folder, and leave no trace."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
+                del sys.modules[name]
+
+
+class Published:
+    """One implementation beside our agent.
+
+    Attributes:
+        agent: the name of ours.
+        source, file: where the code is.
+        theirs: their agent.
+    """
+
+    agent: str
+    source: str
+    file: str
+
+    def __init__(self, folder: Path, data: Any, config: Any):
+        self.config, self.sizes = config, (data.observation_dim, data.action_dim)
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            self.theirs = self.build(load(folder / self.file))
+
+    def build(self, module: ModuleType) -> Any:
+        raise NotImplementedError
+
+    def networks(self) -> dict[str, list[Any]]:
+        """Their modules for each of our networks, in the order of an ensemble."""
+        raise NotImplementedError
+
+    def step(self, batch: list[Any], random: Any) -> None:
+        """One update on ``[s, a, r, s', terminal]``, the last but two ``[B, 1]``."""
+        self.theirs.train(batch)
+
+    def others(self, ours: Any) -> list[tuple[str, Any, Any]]:
+        """What is not a layer: a name, their parameter, our view of it."""
+        return []
+
+    def pairs(self, ours: Any) -> list[tuple[str, Any, Any]]:
+        """The name of a network, their parameter, and our view of it."""
+        from torch import nn
+
+        found = self.others(ours)
+        for name, modules in self.networks().items():
+            own = _layers_of(getattr(ours, name))
+            linear = [m for part in modules for m in part.modules() if isinstance(m, nn.Linear)]
+            for layer, (weight, bias) in zip(linear, own, strict=True):
+                found += [(name, layer.weight, weight.T), (name, layer.bias, bias)]
+        return found
+
+
+def _layers_of(net: Any) -> list[tuple[Any, Any]]:
+    """Weights ``[in, out]`` and biases of the first member of one of our networks, as views."""
+
+    def layers(mlp: Any, element: int = 0) -> list[tuple[Any, Any]]:
+        return [(w[0, element], b[0, element, 0]) for w, b in zip(mlp.weights, mlp.biases)]
+
+    if not hasattr(net, "decoder"):
+        return [pair for element in range(net.mlp.ensemble) for pair in layers(net.mlp, element)]
+    # A2PR's: the authors' heads of μ and log ς are the halves of our layer.
+    z, (*first, (weight, bias)) = net.latent_dim, layers(net.encoder)
+    heads = [(weight[:, :z], bias[:z]), (weight[:, z:], bias[z:])]
+    return [*first, *heads, *layers(net.decoder)]
+
+
+class AuthorsA2PR(Published):
+    agent, source, file = "a2pr", "a2pr", "A2PR.py"
+
+    def build(self, module: ModuleType) -> Any:
+        values = {k: getattr(self.config, k) for k in ("alpha", "mask", "vae_weight", "discount")}
+        return module.A2PR(*self.sizes, 1.0, "cpu", **values)
+
+    def networks(self) -> dict[str, list[Any]]:
+        names = "actor", "critic", "value", "vae", "actor_target", "critic_target"
+        return {name: [getattr(self.theirs, name)] for name in names}
+
+    def step(self, batch: list[Any], random: Any) -> None:
+        s, a, r, s2, terminal = batch
+        buffer = mock.Mock(**{"sample.return_value": [s, a, r, s2, 1 - terminal]})
+        with drawing(random):
+            self.theirs.train(buffer, len(s))
+
+
+@contextlib.contextmanager
+def drawing(random: Any) -> Iterator[None]:
+    """``torch.randn_like`` gives our numbers."""
+    import torch
+
+    def numbers(like: Any) -> Any:
+        return random.normal(*like.shape)[0]
+
+    with mock.patch.object(torch, "randn_like", numbers):
+        yield
+
+
+class CorlTD3BC(Published):
+    agent, source, file = "td3_bc", "corl", "algorithms/offline/td3_bc.py"
+
+    def build(self, module: ModuleType) -> Any:
+        from torch.optim import Adam
+
+        parts = [module.Actor(*self.sizes, 1.0), *(module.Critic(*self.sizes) for _ in range(2))]
+        both = [x for part in parts for x in (part, Adam(part.parameters(), lr=3e-4))]
+        return module.TD3_BC(1.0, *both)
+
+    def networks(self) -> dict[str, list[Any]]:
+        t = self.theirs
+        return {
+            "actor": [t.actor], "critic": [t.critic_1, t.critic_2],
+            "actor_target": [t.actor_target],
+            "critic_target": [t.critic_1_target, t.critic_2_target],
+        }  # fmt: skip
+
+    def step(self, batch: list[Any], random: Any) -> None:
+        with drawing(random):
+            self.theirs.train(batch)
+
+
+class CorlIQL(Published):
+    agent, source, file = "iql", "corl", "algorithms/offline/iql.py"
+
+    def build(self, module: ModuleType) -> Any:
+        from torch.optim import Adam
+
+        o, a = self.sizes
+        parts = module.GaussianPolicy(o, a, 1.0), module.TwinQ(o, a), module.ValueFunction(o)
+        both = [x for part in parts for x in (part, Adam(part.parameters(), lr=3e-4))]
+        return module.ImplicitQLearning(1.0, *both)
+
+    def networks(self) -> dict[str, list[Any]]:
+        t = self.theirs
+        return {
+            "actor": [t.actor], "critic": [t.qf.q1, t.qf.q2], "value": [t.vf],
+            "critic_target": [t.q_target.q1, t.q_target.q2],
+        }  # fmt: skip
+
+    def others(self, ours: Any) -> list[tuple[str, Any, Any]]:
+        return [("actor", self.theirs.actor.log_std, ours.actor.log_std[0, 0])]
+
+
+class CorlCQL(Published):
+    agent, source, file = "cql", "corl", "algorithms/offline/cql.py"
+
+    def build(self, module: ModuleType) -> Any:
+        from torch.optim import Adam
+
+        c, (o, a) = self.config, self.sizes
+        critics = [module.FullyConnectedQFunction(o, a, True) for _ in range(2)]
+        both = [x for q in critics for x in (q, Adam(q.parameters(), lr=c.critic_lr))]
+        actor = module.TanhGaussianPolicy(o, a, 1.0)
+        return module.ContinuousCQL(
+            *both, actor, Adam(actor.parameters(), lr=c.actor_lr), target_entropy=-a,
+            policy_lr=c.actor_lr, qf_lr=c.critic_lr, bc_steps=c.bc_steps, cql_alpha=c.weight,
+        )  # fmt: skip
+
+    def networks(self) -> dict[str, list[Any]]:
+        t = self.theirs
+        return {
+            "actor": [t.actor], "critic": [t.critic_1, t.critic_2],
+            "critic_target": [t.target_critic_1, t.target_critic_2],
+        }  # fmt: skip
+
+    def others(self, ours: Any) -> list[tuple[str, Any, Any]]:
+        t = self.theirs
+        return [
+            ("actor", t.actor.log_std_multiplier.constant, ours.actor.multiplier[0, 0, 0]),
+            ("actor", t.actor.log_std_offset.constant, ours.actor.offset[0, 0, 0]),
+            ("temperature", t.log_alpha.constant, ours.log_temperature[0]),
+        ]
+
+    def step(self, batch: list[Any], random: Any) -> None:
+        """They draw for π(s), a', u, π(·|s) and π(·|s'), each apart; we draw in one piece."""
+        import torch
+        from torch.distributions import normal
+
+        rows, n, a = len(batch[0]), self.config.samples, self.sizes[1]
+        noise = random.normal(rows, 2 + 2 * n, a)[0]
+        uniform = random.uniform(rows, n, a)[0].mul_(2).sub_(1)
+        parts = iter((noise[:, 0], noise[:, 1 + 2 * n], noise[:, 1 : 1 + n], noise[:, 1 + n : -1]))
+
+        def draw(shape: Any, dtype: Any, device: Any) -> Any:
+            part = next(parts)
+            assert part.shape == shape
+            return part
+
+        with (
+            mock.patch.object(normal, "_standard_normal", draw),
+            mock.patch.object(torch.Tensor, "uniform_", lambda into, *bounds: into.copy_(uniform)),
+        ):
+            self.theirs.train(batch)
+
+
+KINDS: tuple[type[Published], ...] = (AuthorsA2PR, CorlTD3BC, CorlIQL, CorlCQL)
+
+
+def compare(
+    kind: type[Published], folder: Path, size: int | None, updates: int, precision: str
+) -> list[dict[str, Any]]:
+    """How far apart the weights of each network are, of how far they have moved."""
+    import torch
+
+    from saferl.data.buffer import ReplayBuffer
+    from saferl.registry import agent_class
+    from saferl.rng import MemberRandom
+    from saferl.spec import Spec
+
+    cls, data = agent_class(kind.agent), dataset_of(DATASET, size)
+    config = cls.make_config({})
+    spec = Spec.from_dataset(data, config)
+    buffer = ReplayBuffer.from_dataset(data, spec, [0])
+    dtype = getattr(torch, precision)
+    torch.set_default_dtype(dtype)
+    try:
+        ours, published, first = cls(spec, config, [0]), kind(folder, data, config), []
+        for _, parameter, own in published.pairs(ours):
+            parameter.data = own.detach().to(dtype, copy=True)
+            first.append(parameter.data.clone())
+        random, rows = MemberRandom([0], stream=1), []
+        for update in range(1, updates + 1):
+            batch = buffer.sample(config.batch_size).map(lambda field: field.to(dtype))
+            s, a, r, s2, terminal = (
+                field[0]
+                for field in (batch.observations, batch.actions, batch.rewards,
+                              batch.next_observations, batch.terminals)
+            )  # fmt: skip
+            published.step([s, a, r[:, None], s2, terminal[:, None]], random)
+            ours.update(batch)
+            if update not in READ_AT and update != updates:
+                continue
+            apart: dict[str, list[float]] = {}
+            for (name, parameter, own), start in zip(published.pairs(ours), first):
+                sums = apart.setdefault(name, [0.0, 0.0])
+                sums[0] += float((own.detach() - parameter.data).square().sum())
+                sums[1] += float((parameter.data - start).square().sum())
+            ratios = {n: (d / m) ** 0.5 if m else None for n, (d, m) in apart.items()}
+            rows.append({"agent": kind.agent, "file": f"{kind.source}/{kind.file}",
+                         "precision": precision, "updates": update, "apart": ratios})  # fmt: skip
+        return rows
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def report(content: dict[str, Any]) -> str:
+    rows = content["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["apart"]))
+    table = []
+    for row in rows:
+        cells = [row["apart"].get(name, "") for name in names]
+        cells = ["–" if x is None else x and f"{x:.1e}" for x in cells]
+        table.append([row["agent"], row["file"], row["precision"], row["updates"], *cells])
+    heads = ["agent", "published code", "precision", "updates", *names]
+    return (
+        "# Our updates and published code\n\nBoth begin with the same weights and get the same "
+        f"batches of 256 of {DATASET} and the same random numbers. Distance of the weights of "
+        "both, of the distance that they have moved; –: not moved yet. Rounding, which training "
+        "amplifies, is all that may be in it.\n\n"
+        + common.table(heads, table)
+        + f"\n\n`{content['command']}`, {content['date']}, one thread of "
+        f"{content['machine']['cpu']}.\n"
+    )
+
+
+def check(parser: argparse.ArgumentParser, folder: Path | None, kind: type[Published]) -> None:
+    if folder is None or not (folder / kind.file).is_file():
+        parser.error(f"--{kind.source} must be a clone of {SOURCES[kind.source]}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, address in SOURCES.items():
+        parser.add_argument(f"--{name}", type=Path, help=f"a clone of {address}")
+    parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--size", type=int, help="transitions of the dataset (default 100 000)")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
+    options = parser.parse_args(arguments)
+    folders = {name: getattr(options, name) for name in SOURCES}
+    for kind in KINDS:
+        check(parser, folders[kind.source], kind)
+
+    import torch
+
+    torch.set_num_threads(1)
+    content = {**common.header(), "rows": []}
+    for kind in KINDS:
+        for precision in ("float64", "float32"):
+            found = compare(kind, folders[kind.source], options.size, options.updates, precision)
+            content["rows"] += found
+            print(f"{kind.agent} {precision}: {found[-1]['apart']}", file=sys.stderr, flush=True)
+    common.write_json(options.out / "published.json", content)
+    (options.out / "published.md").write_text(text := report(content))
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
