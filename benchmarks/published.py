@@ -27,6 +27,7 @@ from scores import dataset_of
 
 DATASET = "saferl/hopper-velocity-medium-v0"
 READ_AT = (1, 2, 10, 100, 1000)  # updates
+EMPTY = ("d4rl", "gym", "pyrallis", "wandb")  # imported there, and of no use here
 SOURCES = {
     "a2pr": "https://github.com/ltlhuuu/A2PR",
     "corl": "https://github.com/corl-team/CORL",
@@ -35,26 +36,30 @@ SOURCES = {
 
 def load(path: Path) -> ModuleType:
     """A file of published code as a module."""
-    empty = {name: mock.MagicMock() for name in ("d4rl", "gym", "pyrallis", "wandb")}
+    path = path.resolve()
     spec = importlib.util.spec_from_file_location(f"published_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with imports_of(path.parent), mock.patch.dict(sys.modules, {**empty, spec.name: module}):
+    with imports_of(path.parent):
+        sys.modules[spec.name] = module  # where dataclasses look for it
         spec.loader.exec_module(module)
     return module
 
 
 @contextlib.contextmanager
 def imports_of(folder: Path) -> Iterator[None]:
-    """Modules are found in a folder, and leave no trace."""
+    """Modules are found in a folder, others are empty, and neither leaves a trace."""
     before = set(sys.modules)
+    empty = {name: mock.MagicMock() for name in EMPTY if name not in before}
+    sys.modules.update(empty)
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
+            file = getattr(sys.modules[name], "__file__", None) or ""
+            if name in empty or str(file).startswith(str(folder)):
                 del sys.modules[name]
 
 
