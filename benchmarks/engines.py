@@ -26,6 +26,7 @@ KINDS = ("eager", "compile", "cuda_graph")
 PRECISIONS = ("fp32", "bf16")
 FIT_ROWS = 2048  # of the data, for methods that learn something before their first update
 COST_LIMIT = 25.0  # for methods that need one; it changes no shape
+PIXEL_ROWS, FRAME, FRAME_STACK = 1000, (3, 84, 84), 3  # for methods that learn from pixels
 
 
 def or_missing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,22 +87,32 @@ class Task:
 
     def dataset(self) -> Any:
         cls, shape = self.cls, tuple(sorted(self.data.items()))
-        return cls.prepare(synthetic(cls.discrete, cls.needs_costs, shape), self.config())
+        data = synthetic(cls.discrete, cls.needs_costs, bool(cls.pixels), shape)
+        return cls.prepare(data, self.config())
 
 
 @functools.cache
-def synthetic(discrete: bool, costs: bool, shape: tuple[tuple[str, int], ...]) -> Any:
-    """`common.synthetic` as a `Dataset`, with as many discrete actions as components if asked."""
+def synthetic(discrete: bool, costs: bool, pixels: bool, shape: tuple[tuple[str, int], ...]) -> Any:
+    """`common.synthetic` as a `Dataset`: with as many discrete actions as components, or costs,
+    or one episode of pixels for observations."""
     import numpy as np
 
     from saferl.data import Dataset
+    from saferl.data.frames import Frames
 
     random, sizes = np.random.default_rng(1), dict(shape)
+    if pixels:
+        sizes["rows"] = min(sizes["rows"], PIXEL_ROWS)
     rows, a = sizes["rows"], sizes["action_dim"]
     arrays = common.synthetic(**sizes)
     arrays["rewards"] = arrays["rewards"][:, 0]
-    if costs:
-        arrays["costs"] = (random.random(rows) < 0.1).astype(np.float32)
+    if pixels:
+        frames = random.integers(256, size=(rows + 1, *FRAME), dtype=np.uint8)
+        for number, name in enumerate(("observations", "next_observations")):
+            at, start = np.arange(rows) + number, np.zeros(rows + 1, np.int64)
+            arrays[name] = Frames(frames, at, start, FRAME_STACK)
+    if costs:  # a fifth of the limit too few on average, so that episodes within it are there
+        arrays["costs"] = (random.random(rows) < 0.8 * COST_LIMIT / 1000).astype(np.float32)
     units: dict[str, Any] = {"action_low": (-1.0,) * a, "action_high": (1.0,) * a}
     if discrete:
         arrays["actions"] = random.integers(a, size=rows)
@@ -127,6 +138,7 @@ class Subject:
         from saferl.data.buffer import ReplayBuffer
         from saferl.spec import Spec
         from saferl.training.engine import check_precision, pick_engine
+        from saferl.training.hybrid import returns_to_go
 
         pick_engine(task.kind, torch.device(device))  # before anything is built
         check_precision(task.precision, torch.device(device))
@@ -135,7 +147,9 @@ class Subject:
         agent = task.cls(spec, config, seeds, device, task.precision)
         if task.cls.fit is not Agent.fit:
             agent.fit(rows.subset(min(FIT_ROWS, len(rows))), lambda line: None)
-        return cls(agent, ReplayBuffer.from_dataset(rows, spec, seeds, device), task.kind)
+        returns = returns_to_go(agent, rows)
+        buffer = ReplayBuffer.from_dataset(rows, spec, seeds, device, returns=returns)
+        return cls(agent, buffer, task.kind)
 
     def run(self, updates: int, now: Callable[[], float] = time.perf_counter) -> float:
         """Seconds of so many updates, batches drawn by the engine."""
@@ -149,7 +163,7 @@ class Subject:
 
     def split(self, updates: int, now: Callable[[], float]) -> tuple[float, float]:
         """Seconds spent on sampling and on updating (on a CPU)."""
-        rows = self.agent.config.batch_size
+        rows = self.agent.batch_rows
         return in_turn(lambda: self.buffer.sample(rows), self.engine.update, updates, now)
 
     def multiply_adds(self, name: str) -> tuple[float, str]:
@@ -159,7 +173,7 @@ class Subject:
             count = floors.multiply_adds(name, spec.observation_dim, spec.action_dim, config)
             return self.agent.members * count, "from the layer sizes"
         except KeyError:
-            batch = self.buffer.sample(config.batch_size)
+            batch = self.buffer.sample(self.agent.batch_rows)
             return floors.counted(lambda: self.agent.update(batch)), "torch's counter"
 
     def empty(self, updates: int = 100) -> float:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from saferl.data.buffer import Batch
-from saferl.registry import agent_class
+from saferl.registry import agent_class, names
 from saferl.spec import Spec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -207,6 +207,18 @@ def test_every_part_runs_and_is_reported(bench, monkeypatch, tmp_path):
         assert word in text
     throughput_report.plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", names("agents"))
+def test_every_agent_can_be_timed(name):
+    """Its products are counted, and it runs on the engine; drq_bc from pixels."""
+    task = engines.Task(name, {"rows": 2000, "observation_dim": 5, "action_dim": 2}, "eager",
+                        quick=True)  # fmt: skip
+    subject = engines.Subject.of(task, "cpu")
+    count, source = subject.multiply_adds(name)
+    assert count > 0 and source in ("from the layer sizes", "torch's counter")
+    assert subject.run(2) > 0
+    assert subject.engine.agent.updates >= 2
 
 
 def test_what_fails_is_a_line(bench):
