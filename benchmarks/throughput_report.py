@@ -248,7 +248,12 @@ def plot(document: dict[str, Any], path: Path) -> None:
         bars(figure.add_subplot(grid[0, :]), beside)
     for index, row in enumerate(matrix):
         line, column = divmod(index, columns)
-        curves(figure.add_subplot(grid[line + bool(beside), column]), row, index == 0)
+        curves(figure.add_subplot(grid[line + bool(beside), column]), row)
+    shown: dict[str, Any] = {}  # not every panel has every line
+    for panel in figure.axes[bool(beside) :]:
+        shown |= {label: line for line, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=8, fontsize=7,
+                  frameon=False)  # fmt: skip
     machine = document["machine"]
     where = machine.get("gpu") or f"one thread of {machine['cpu']}"
     date = max(part["date"] for part in parts.values())
@@ -278,7 +283,9 @@ def bars(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def curves(axes: Any, row: dict[str, Any], legend: bool) -> None:
+def curves(axes: Any, row: dict[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
     cells = [cell for cell in row["rows"] if "ms" in cell]
     for kind, precision in dict.fromkeys((c["kind"], c["precision"]) for c in cells):
         own = [c for c in cells if (c["kind"], c["precision"]) == (kind, precision)]
@@ -288,14 +295,14 @@ def curves(axes: Any, row: dict[str, Any], legend: bool) -> None:
         if kind == "eager":
             axes.plot([c["members"] for c in own], [c["floor_ms"] / c["members"] for c in own],
                       color=COLOURS["floor"], linewidth=0.8,
-                      label=f"floor {precision}")  # fmt: skip
+                      label="floor")  # fmt: skip
     ticks = sorted({cell["members"] for cell in cells})
     axes.set(xscale="log", yscale="log", title=row["agent"], xticks=ticks, xticklabels=ticks)
     axes.title.set_fontsize(8)
     axes.tick_params(labelsize=7, which="both")
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_xlabel("members", fontsize=7)
     axes.set_ylabel("ms per member-update", fontsize=7)
-    if legend:
-        axes.legend(fontsize=6, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
