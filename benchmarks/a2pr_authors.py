@@ -25,7 +25,7 @@ import common
 import evidence
 import numpy as np
 import published
-from book import Book
+from book import Book, parse
 from evidence_report import span, to_score, verdict
 from scores import EVALUATION_SEED, facts_of
 from scores_report import NOT_D4RL, compare
@@ -92,8 +92,8 @@ def train_one(
     late = []  # targets of the critics
     for update in range(1, key["updates"] + 1):
         told = theirs.train(buffer, key["settings"]["batch_size"])
-        if update > 0.9 * key["updates"]:
-            late += [told["target_Q"]] if "target_Q" in told else []  # of every second update
+        if update > 0.9 * key["updates"] and "target_Q" in told:  # in every second update
+            late.append(told["target_Q"])
     policy = Played(theirs.actor, mean, std)
     played = rollout(policy, data.card.env_id, episodes, seed=EVALUATION_SEED)
     return facts, key | {
@@ -171,11 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--updates", type=int, default=evidence.SCALES[False]["updates"])
     parser.add_argument("--hidden", type=int, default=evidence.SCALES[False]["hidden"])
     parser.add_argument("--size", type=int, help="transitions of each dataset (default 100 000)")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
-    parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments, jobs=True)
     if not options.report:
         published.check(parser, options.a2pr, published.AuthorsA2PR)
 

@@ -6,6 +6,7 @@ to the book's JSON when it ends, with the fingerprint of the data, and is not do
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import csv
 import json
@@ -88,6 +89,21 @@ class Book:
             runs = [run for run in self.matching(key) if run["fingerprint"] == now]
             entries.append(key | {"run": runs[-1] if runs else None})
         return entries
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, jobs: bool = False
+) -> argparse.Namespace:
+    """The command line of a benchmark with a book, whose own options are in ``parser``."""
+    if jobs:
+        parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
+    parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
+    options = parser.parse_args(arguments)
+    if jobs and options.jobs < 1:
+        parser.error("--jobs must be 1 or more")
+    return options
 
 
 def narrowed(agent: str, hidden: int) -> dict[str, Any]:

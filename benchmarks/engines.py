@@ -93,8 +93,10 @@ class Task:
 
 @functools.cache
 def synthetic(discrete: bool, costs: bool, pixels: bool, shape: tuple[tuple[str, int], ...]) -> Any:
-    """`common.synthetic` as a `Dataset`: with as many discrete actions as components, or costs,
-    or one episode of pixels for observations."""
+    """`common.synthetic` as a `Dataset`, with what a method asks for.
+
+    That is as many discrete actions as components, costs, or one episode of pixels.
+    """
     import numpy as np
 
     from saferl.data import Dataset
@@ -111,7 +113,7 @@ def synthetic(discrete: bool, costs: bool, pixels: bool, shape: tuple[tuple[str,
         for number, name in enumerate(("observations", "next_observations")):
             at, start = np.arange(rows) + number, np.zeros(rows + 1, np.int64)
             arrays[name] = Frames(frames, at, start, FRAME_STACK)
-    if costs:  # a fifth of the limit too few on average, so that episodes within it are there
+    if costs:  # four fifths of the limit per episode on average, so that some keep it
         arrays["costs"] = (random.random(rows) < 0.8 * COST_LIMIT / 1000).astype(np.float32)
     units: dict[str, Any] = {"action_low": (-1.0,) * a, "action_high": (1.0,) * a}
     if discrete:

@@ -26,7 +26,7 @@ from typing import Any
 import common
 import evidence_report
 import numpy as np
-from book import Book, last_metrics, narrowed
+from book import Book, last_metrics, narrowed, parse
 from scores import EVALUATION_SEED, SHARED_DATA, SharedPolicy, facts_of, rolled_out_card
 from scores_report import NOT_D4RL
 
@@ -275,13 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cql-samples", type=int, help="CQL's N")
     parser.add_argument("--device", help="cpu, cuda or auto")
     parser.add_argument("--full", action="store_true", help="the published scale, for a GPU")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
-    parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        parser.error("--jobs must be 1 or more")
+    options = parse(parser, arguments, jobs=True)
     stem = "evidence_full" if options.full else "evidence"
     for name, value in SCALES[options.full].items():
         if getattr(options, name) is None:

@@ -29,7 +29,7 @@ os.environ.update(common.ONE_THREAD)
 import hybrid_report
 import hybrid_tasks
 import numpy as np
-from book import Book, Result
+from book import Book, Result, parse
 from hybrid_tasks import METHODS, TASKS
 from scores import EVALUATION_SEED, facts_of
 
@@ -223,10 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="transitions of each dataset")
     parser.add_argument("--hidden", type=int, help="one layer of so many units, for a try")
     parser.add_argument("--rounds", type=int, default=60, help="of speed")
-    parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     if options.what == "speed":
         import hybrid_speed
 

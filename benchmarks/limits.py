@@ -24,7 +24,7 @@ from typing import Any
 import common
 import limits_report
 import numpy as np
-from book import Book, Result, last_metrics, narrowed
+from book import Book, Result, last_metrics, narrowed, parse
 from scores import EVALUATION_SEED, facts_of
 
 LIMITS = (20.0, 40.0, 80.0)
@@ -221,13 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clone-batch-size", type=int, default=256, help="of BC and BC-Safe")
     parser.add_argument("--faster", type=float, default=4.0, help="factor of the rates of targets")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
-    parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        parser.error("--jobs must be 1 or more")
+    options = parse(parser, arguments, jobs=True)
     book = Book(options.out / "limits.json", options.fresh)
     keys = [key_of(*task, options) for task in order(options.trainings, options.datasets)]
     failed = 0

@@ -31,7 +31,7 @@ os.environ.update(common.ONE_THREAD)
 
 import numpy as np
 import torch
-from book import Book, Result
+from book import Book, Result, parse
 from evidence_report import pyplot, span, verdict
 from hybrid_tasks import trained_until
 from scores import EVALUATION_SEED, facts_of
@@ -303,10 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="agent steps of an arm, instead of the task's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=10, help="per seed, of the last policy")
-    parser.add_argument("--report", action="store_true", help="train nothing, report what there is")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     book = Book(options.out / "pixels.json", options.fresh)
     keys = [
         key_of(task, arm, seed, options)

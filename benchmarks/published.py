@@ -155,15 +155,19 @@ def drawing(random: Any) -> Iterator[None]:
         yield
 
 
+def with_adam(rate: float, *modules: Any) -> list[Any]:
+    """Each module and its optimiser, as CORL's classes take them."""
+    from torch.optim import Adam
+
+    return [x for module in modules for x in (module, Adam(module.parameters(), lr=rate))]
+
+
 class CorlTD3BC(Published):
     agent, source, file = "td3_bc", "corl", "algorithms/offline/td3_bc.py"
 
     def build(self, module: ModuleType) -> Any:
-        from torch.optim import Adam
-
         parts = [module.Actor(*self.sizes, 1.0), *(module.Critic(*self.sizes) for _ in range(2))]
-        both = [x for part in parts for x in (part, Adam(part.parameters(), lr=3e-4))]
-        return module.TD3_BC(1.0, *both)
+        return module.TD3_BC(1.0, *with_adam(3e-4, *parts))
 
     def networks(self) -> dict[str, list[Any]]:
         t = self.theirs
@@ -182,12 +186,9 @@ class CorlIQL(Published):
     agent, source, file = "iql", "corl", "algorithms/offline/iql.py"
 
     def build(self, module: ModuleType) -> Any:
-        from torch.optim import Adam
-
         o, a = self.sizes
         parts = module.GaussianPolicy(o, a, 1.0), module.TwinQ(o, a), module.ValueFunction(o)
-        both = [x for part in parts for x in (part, Adam(part.parameters(), lr=3e-4))]
-        return module.ImplicitQLearning(1.0, *both)
+        return module.ImplicitQLearning(1.0, *with_adam(3e-4, *parts))
 
     def networks(self) -> dict[str, list[Any]]:
         t = self.theirs
@@ -213,14 +214,11 @@ class CorlCQL(Published):
     name = "ContinuousCQL"
 
     def build(self, module: ModuleType) -> Any:
-        from torch.optim import Adam
-
         c, (o, a), depth = self.config, self.sizes, len(self.config.critic_hidden)
         critics = [module.FullyConnectedQFunction(o, a, True, depth) for _ in range(2)]
-        both = [x for q in critics for x in (q, Adam(q.parameters(), lr=c.critic_lr))]
         actor = module.TanhGaussianPolicy(o, a, 1.0)
         return getattr(module, self.name)(
-            *both, actor, Adam(actor.parameters(), lr=c.actor_lr), target_entropy=-a,
+            *with_adam(c.critic_lr, *critics), *with_adam(c.actor_lr, actor), target_entropy=-a,
             policy_lr=c.actor_lr, qf_lr=c.critic_lr, bc_steps=c.bc_steps, cql_alpha=c.weight,
             cql_max_target_backup=c.max_backup,
         )  # fmt: skip
