@@ -28,7 +28,7 @@ the cloning gradient of its rows is 2 κ (p - ã) (I - ∂ã/∂p), which pulls 
 reproduces rather than to ã.
 
 Under a cost limit (``cost_limit``; our extension, not the authors'), P takes the place of Q_1 in
-every advantage and in the actor's value term; agents/costs.py has Qc, y_c, J and the multiplier ρ:
+every advantage and in the actor's value term; agents/shared/constraint.py has Qc, y_c, J and the multiplier ρ:
 
     P(s, ·) = (Q_1(s, ·) - ρ k Qc(s, ·)) / (1 + ρ),   Qc = max_e Qc_e,   k as there
     after 1.  L_Qc = Σ_e mean (Qc_e(s, a) - y_c)²                          step Qc; same a'
@@ -55,13 +55,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saferl.data.buffer import Batch
 from saferl.errors import unknown
 from saferl.nn import VAE, DeterministicActor, QEnsemble, VEnsemble, polyak
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
 
-from .base import Agent, Metrics
-from .costs import CostConfig, CostLimited, Weights
+from .shared.agent import Agent, Metrics
+from .shared.constraint import CostConfig, CostLimited, Weights
 
 GUIDANCE = ("reconstruction", "prior", "data")
 

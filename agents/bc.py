@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from saferl.data.buffer import Batch
 from saferl.errors import SaferlError
 from saferl.nn import CategoricalActor, DeterministicActor
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
 
-from .base import Agent, AgentConfig, Metrics
+from .shared.agent import Agent, AgentConfig, Metrics
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from saferl.errors import SaferlError
 from saferl.safety.limits import check_limit, no_costs
 
 from .bc import BC, check_fraction
-from .config import AgentConfig, per_member
+from .shared.config import AgentConfig, per_member
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from saferl.data.buffer import Batch
 from saferl.nn import MLP, VAE, QEnsemble, polyak
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
 from saferl.safety.multipliers import Multipliers
 
-from .base import Agent, Metrics
-from .costs import costs_of
-from .limited import Limited, LimitedConfig
+from .shared.agent import Agent, Metrics
+from .shared.constraint import costs_of
+from .shared.limited import Limited, LimitedConfig
 
 GROUPS = (2, 2)  # groups of critics, networks in a group
 PRIOR_CLIP = 0.5

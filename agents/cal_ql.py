@@ -21,20 +21,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy.signal import lfilter
 from torch import Tensor
 
-from saferl.data.buffer import Batch
 from saferl.errors import SaferlError
+from saferl.replay import Batch, Extra, ReturnsToGo
 
 from .cql import CQL, CQLConfig
-from .hybrid import HybridConfig
+from .shared.online import OnlineConfig
 
 
 @dataclass(frozen=True)
-class CalQLConfig(HybridConfig, CQLConfig):
+class CalQLConfig(OnlineConfig, CQLConfig):
     """Defaults: what the authors' tasks have in common; configs/ has the rest of each."""
 
     hidden: tuple[int, ...] = (256, 256)
@@ -51,24 +49,19 @@ class CalQLConfig(HybridConfig, CQLConfig):
 class CalQL(CQL):
     Config = CalQLConfig
     acts = True
-    needs_returns = True
     variants = (CQL.variants - {"discount"}) | {"exploration_budget"}
 
-    def returns_to_go(self, rewards: np.ndarray) -> np.ndarray:
-        discount, failure = self.config.discount, self.config.failure_reward
-        if (rewards == np.float32(failure)).all():
-            if discount == 1:
-                raise SaferlError("failure_reward needs a discount below 1")
-            return np.full(len(rewards), failure / (1 - discount), np.float32)
-        return lfilter([1.0], [1.0, -discount], rewards[::-1].astype(np.float64))[::-1]
+    @classmethod
+    def batch_extras(cls, config: CalQLConfig) -> tuple[Extra, ...]:
+        return (ReturnsToGo(config.discount, config.failure_reward),)
 
     def calibrate(self, values: Tensor, batch: Batch) -> Tensor:
-        if batch.returns is None:
+        if ReturnsToGo.name not in batch.extras:
             raise SaferlError(
-                "cal_ql learns from returns-to-go: fill the buffer with "
-                "ReplayBuffer.from_dataset(…, returns=saferl.training.hybrid.returns_to_go(…))"
+                "cal_ql learns from returns-to-go: make the buffer with "
+                "extras=CalQL.batch_extras(config)"
             )
         n = self.config.samples
-        floor = batch.returns[:, None, :, None]
+        floor = batch.extras[ReturnsToGo.name][:, None, :, None]
         uniform, policy, logged = values.split([n, 2 * n, 1], -1)
         return torch.cat((uniform, torch.maximum(policy, floor), logged), -1)

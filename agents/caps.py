@@ -46,16 +46,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saferl.data.buffer import Batch
 from saferl.errors import SaferlError
 from saferl.nn import MLP, Policy, QEnsemble, VEnsemble, polyak
 from saferl.nn.policies import gaussian_log_prob
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
 from saferl.safety.limits import check_limit, convert
 from saferl.safety.shield import Shield
 
-from .base import Agent, AgentConfig, Metrics
-from .costs import costs_of
+from .shared.agent import Agent, AgentConfig, Metrics
+from .shared.constraint import costs_of
 
 LOG_STD = (-20.0, 2.0)
 

@@ -43,15 +43,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from saferl.data.buffer import Batch
 from saferl.errors import SaferlError
 from saferl.nn import MLP, TanhGaussianActor, VEnsemble
+from saferl.nn.data_buffers import DataBuffers
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
-from saferl.safety.guardians.features import DataBuffers
 
-from .base import Agent, Metrics
-from .costs import costs_of
-from .limited import Limited, LimitedConfig
+from .shared.agent import Agent, Metrics
+from .shared.constraint import costs_of
+from .shared.limited import Limited, LimitedConfig
 
 STEEP = 5.0  # slope of ν and χ from which the penalty counts
 

@@ -40,14 +40,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saferl.data.buffer import Batch
 from saferl.errors import SaferlError
 from saferl.nn import VAE, QEnsemble, TanhGaussianActor, polyak
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
 
-from .base import Agent, Metrics
-from .costs import CostCritic, costs_of
-from .limited import Limited, LimitedConfig
+from .shared.agent import Agent, Metrics
+from .shared.constraint import CostCritic, costs_of
+from .shared.limited import Limited, LimitedConfig
 
 LOG_ALPHA = 5.0  # largest |log α|
 

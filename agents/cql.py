@@ -35,11 +35,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from saferl.data.buffer import Batch
 from saferl.nn import QEnsemble, TanhGaussianActor, orthogonal, polyak, torch_default, xavier
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
 
-from .base import Agent, AgentConfig, Metrics
+from .shared.agent import Agent, AgentConfig, Metrics
 
 
 @dataclass(frozen=True)

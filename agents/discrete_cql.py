@@ -39,15 +39,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saferl.data.buffer import Batch
 from saferl.nn import DiscreteQEnsemble, polyak
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
 from saferl.safety.guardians import Guardian
 from saferl.safety.guardians.fitting import fit_guardian, guardian_for, split
 
-from .answers import Answers
-from .base import Agent, AgentConfig, Metrics
-from .rollouts import options
+from .ogsrl.simulate import options
+from .shared.agent import Agent, AgentConfig, Metrics
+from .shared.ood_table import Answers
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saferl.data.buffer import Batch
 from saferl.data.nstep import n_step
 from saferl.errors import SaferlError
 from saferl.nn import DeterministicActor, QEnsemble, orthogonal, polyak
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
 
-from .base import Agent, Metrics
-from .pixels import PixelConfig, SeesPixels
+from .shared.agent import Agent, Metrics
+from .shared.pixels import PixelAgent, PixelConfig
 
 EDGE = 1 - 1e-6  # actions with noise are kept within this
 
@@ -58,7 +58,7 @@ class DrQBCConfig(PixelConfig):
     tau: float = 0.01  # Polyak rate of the targets per update
 
 
-class DrQBC(SeesPixels, Agent):
+class DrQBC(PixelAgent, Agent):
     Config = DrQBCConfig
     pixels = True
     variants = frozenset({"alpha"})

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 
 import torch
 
-from saferl.data.buffer import Batch
 from saferl.nn import GaussianActor, QEnsemble, VEnsemble, polyak
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
 
-from .base import Agent, AgentConfig, Metrics
+from .shared.agent import Agent, AgentConfig, Metrics
 
 
 @dataclass(frozen=True)

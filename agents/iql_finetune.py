@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .hybrid import HybridConfig
 from .iql import IQL, IQLConfig
+from .shared.online import OnlineConfig
 
 
 @dataclass(frozen=True)
-class IQLFinetuneConfig(HybridConfig, IQLConfig):
+class IQLFinetuneConfig(OnlineConfig, IQLConfig):
     """Defaults: `iql`'s, and CORL's one buffer for both sources."""
 
     share_rule: str = "proportional"

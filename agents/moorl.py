@@ -31,14 +31,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from saferl.data.buffer import Batch
 from saferl.errors import SaferlError, unknown
 from saferl.nn import Policy, polyak
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
 
-from .base import Metrics
-from .config import between
 from .sac import SAC, SACConfig
+from .shared.agent import Metrics
+from .shared.config import between
 
 CHOICES = {
     "acting": ("meta", "fast"),

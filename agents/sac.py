@@ -11,7 +11,7 @@ of the target (all E of them, or ``target_critics`` drawn anew for each step), a
     L_α     = -log α · mean (log π(p|s) + H̄)                               step log α
     Q̄      ← τ Q + (1 - τ) Q̄
 
-From pixels, s and s' are features of shifted images (agents/pixels.py): L_Q moves their encoder,
+From pixels, s and s' are features of shifted images (agents/shared/pixels.py): L_Q moves their encoder,
 and the actor's step sees it after that, without a gradient.
 
 π and α are stepped with every critic step, or once per update, after the last, on its batch or on
@@ -19,7 +19,7 @@ all rows of the update (``actor_steps``).
 
 κ (``cost_penalty``) is ours: a fixed price per unit of cost, 0 by default. With one κ per member,
 one run gives behaviours from fast and costly to slow and safe. Under a limit (``cost_limit``, ours)
-L_π has P = (Q - ρ k Qc) / (1 + ρ) in place of Q; agents/costs.py has Qc, k and the multiplier ρ:
+L_π has P = (Q - ρ k Qc) / (1 + ρ) in place of Q; agents/shared/constraint.py has Qc, k and the multiplier ρ:
 
     L_Qc = Σ_e mean (Qc_e(s, a) - y_c)²     before L_Q, same a';  step ρ on J = mean Qc(s, p) last
 """
@@ -34,17 +34,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saferl.data.buffer import Batch
 from saferl.errors import SaferlError, unknown
 from saferl.nn import QEnsemble, TanhGaussianActor, orthogonal, polyak, torch_default, xavier
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
 from saferl.safety.limits import no_costs
 
-from .base import Agent, Metrics
-from .config import at_least, per_member
-from .costs import CostConfig, CostLimited
-from .hybrid import HybridConfig
-from .pixels import PixelConfig, SeesPixels
+from .shared.agent import Agent, Metrics
+from .shared.config import at_least, per_member
+from .shared.constraint import CostConfig, CostLimited
+from .shared.online import OnlineConfig
+from .shared.pixels import PixelAgent, PixelConfig
 
 ACTOR_STEPS = ("each", "last", "all")
 ACTOR_VALUES = ("min", "mean")
@@ -52,7 +52,7 @@ INITS = {"torch": torch_default, "xavier": xavier(), "orthogonal": orthogonal()}
 
 
 @dataclass(frozen=True)
-class SACConfig(CostConfig, HybridConfig, PixelConfig):
+class SACConfig(CostConfig, OnlineConfig, PixelConfig):
     """Defaults: the authors' second version; where there is a dataset, it is half of each batch."""
 
     inner_steps: int = 1  # K, critic steps per update, each on a batch of its own
@@ -95,7 +95,7 @@ class SACConfig(CostConfig, HybridConfig, PixelConfig):
         return self.inner_steps
 
 
-class SAC(CostLimited, SeesPixels, Agent):
+class SAC(CostLimited, PixelAgent, Agent):
     Config = SACConfig
     acts = True
     needs_dataset = False

@@ -1,1 +1,1 @@
-"""Published hyper-parameters, one YAML file per agent; see ``saferl.training.configs``."""
+"""Published hyper-parameters, one YAML file per agent; see ``saferl.runs.settings``."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from saferl.data import Card, Dataset
-from saferl.data.files import data_dir
+from saferl.data.sources.fetch import data_dir
 from saferl.errors import SaferlError
 from saferl.io import atomic_write
 

@@ -31,7 +31,7 @@ from scipy import sparse
 from saferl.data import Card, Dataset
 from saferl.errors import SaferlError, unknown
 from saferl.evaluation.exact import TabularTask
-from saferl.safety.tabular import TabularMDP, mixture, sample_episodes
+from saferl.models.mdp import TabularMDP, mixture, sample_episodes
 
 ENVS = {
     "saferl/ICUSepsis-v0": {},

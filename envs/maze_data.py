@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from saferl.data import Card, Dataset
-from saferl.data.d4rl import card as d4rl_card
+from saferl.data.sources.d4rl import card as d4rl_card
 from saferl.errors import unknown
 
 from .generated import SIZE, generated, show, whole

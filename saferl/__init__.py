@@ -15,12 +15,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saferl.data import Card, Dataset, load_dataset
-    from saferl.data.buffer import ReplayBuffer
+    from saferl.data import Card, Dataset, from_dataframe, load_dataset, save_dataset
     from saferl.errors import SaferlError
     from saferl.evaluation import evaluate
     from saferl.nn import Policy
     from saferl.registry import make_env, register_agent, register_dataset
+    from saferl.replay import ReplayBuffer
     from saferl.training import (
         evaluate_run,
         gathered,
@@ -38,13 +38,15 @@ _HOMES = {
     "Card": "saferl.data",
     "Dataset": "saferl.data",
     "Policy": "saferl.nn",
-    "ReplayBuffer": "saferl.data.buffer",
+    "ReplayBuffer": "saferl.replay",
     "SaferlError": "saferl.errors",
     "evaluate": "saferl.evaluation",
     "evaluate_run": "saferl.training",
     "gathered": "saferl.training",
     "load_agent": "saferl.training",
     "load_dataset": "saferl.data",
+    "from_dataframe": "saferl.data",
+    "save_dataset": "saferl.data",
     "make_agent": "saferl.training",
     "make_env": "saferl.registry",
     "merge": "saferl.training",
@@ -62,6 +64,7 @@ __all__ = [
     "SaferlError",
     "evaluate",
     "evaluate_run",
+    "from_dataframe",
     "gathered",
     "load_agent",
     "load_dataset",
@@ -71,6 +74,7 @@ __all__ = [
     "register_agent",
     "register_dataset",
     "resume",
+    "save_dataset",
     "split",
     "train",
 ]

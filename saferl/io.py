@@ -1,4 +1,4 @@
-"""Writing files so that a crash or a full disk never leaves half of one."""
+"""Files written so that a crash or a full disk never leaves half of one; memory of the host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from saferl.errors import SaferlError
 
@@ -37,3 +38,31 @@ def atomic_write(path: Path, write: Callable[[Path], object], advice: str = "") 
 def write_text(path: Path, text: str, advice: str = "") -> None:
     """`atomic_write` of a text file."""
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), advice)
+
+
+def free_memory() -> int:
+    """Bytes of the host's memory that can be allocated now."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 2**63 - 1  # not a Linux machine: let the allocation itself decide
+
+
+def human(size: float) -> str:
+    """1536 → '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+Value = TypeVar("Value")
+
+
+def part(state: dict[str, Value], prefix: str) -> dict[str, Value]:
+    """The entries of a state whose key begins with ``prefix``, without it."""
+    return {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}

@@ -8,9 +8,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+
+class Stream(IntEnum):
+    """Who draws: users of one seed, each with a stream of its own.
+
+    The numbers are part of every result: changing one changes runs of the same seed.
+    """
+
+    INIT = 0  # first weights
+    UPDATE = 1  # noise and samples within updates
+    DATASET_ROWS = 2  # which rows of a dataset a batch has
+    ACTING = 3  # actions in environments; models that OGSRL fits
+    OWN_ROWS = 4  # which rows of its own a member's batch has; OGSRL's cloning
+    SHARES = 5  # which source a batch comes from; OGSRL's predictions
+    REGRESSION = 6  # OGSRL's regression of the behaviour's cost-to-go
+
 
 # A function of torch, its arguments before the shape, and the shape without the member axis.
 Request = tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]

@@ -9,14 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from saferl.data.frames import is_image
 from saferl.errors import SaferlError
 
 Floats = tuple[float, ...]
+
+
+class Units(Protocol):
+    """What an agent's configuration says of the units that it learns in."""
+
+    @property
+    def normalize_observations(self) -> bool: ...
+
+    @property
+    def normalize_rewards(self) -> bool: ...
+
+    @property
+    def reward_scale(self) -> float: ...
+
+    @property
+    def reward_shift(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -47,50 +62,6 @@ class Spec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Spec:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-    @classmethod
-    def from_dataset(cls, dataset: Any, config: Any) -> Spec:
-        """The spec of a `Dataset` under an agent's configuration.
-
-        ``config.normalize_observations`` standardises with (s - mean) / (std + 1e-3) over the
-        dataset, as TD3+BC does; ``config.normalize_rewards`` scales rewards by 1000 / (largest -
-        smallest episode return), as IQL does, before ``reward_scale`` and ``reward_shift``.
-        """
-        mean: Floats = ()
-        std: Floats = ()
-        image = dataset.observations.shape[1:] if is_image(dataset.observations) else ()
-        if image and config.normalize_observations:
-            raise SaferlError(
-                "pixels are not normalised: set normalize_observations=false, and use an agent "
-                "that takes pixels (`saferl list`)"
-            )
-        if config.normalize_observations:
-            mean, std = _moments(dataset.observations)
-        scale = float(config.reward_scale)
-        if config.normalize_rewards:
-            returns = dataset.episode_returns()
-            spread = float(returns.max() - returns.min()) if len(returns) else 0.0
-            if spread <= 0:
-                raise SaferlError(
-                    "normalize_rewards needs episodes of different return, but all returns are "
-                    "equal: pass --set normalize_rewards=false"
-                )
-            scale *= 1000.0 / spread
-        card = dataset.card
-        return cls(
-            observation_dim=dataset.observation_dim,
-            action_dim=dataset.action_dim,
-            discrete=dataset.discrete,
-            action_low=() if dataset.discrete else tuple(map(float, card.action_low)),
-            action_high=() if dataset.discrete else tuple(map(float, card.action_high)),
-            observation_mean=mean,
-            observation_std=std,
-            reward_scale=scale,
-            reward_shift=float(config.reward_shift),
-            horizon=dataset.horizon,
-            image=tuple(int(size) for size in image),
-            frame_stack=getattr(dataset.observations, "stack", 1),
-        )
 
     @classmethod
     def from_spaces(cls, observation_space: Any, action_space: Any) -> Spec:
@@ -161,13 +132,3 @@ class Spec:
 
     def raw_rewards(self, rewards: np.ndarray) -> np.ndarray:
         return (rewards - np.float32(self.reward_shift)) / np.float32(self.reward_scale)
-
-
-def _moments(observations: np.ndarray, chunk: int = 65536) -> tuple[Floats, Floats]:
-    """Mean and standard deviation (+ 1e-3) per component, in float64 without a full-size copy."""
-    n = len(observations)
-    flat = observations.reshape(n, -1)
-    blocks = [slice(i, i + chunk) for i in range(0, n, chunk)]
-    mean = sum(flat[b].sum(0, dtype=np.float64) for b in blocks) / n
-    variance = sum(((flat[b] - mean) ** 2).sum(0) for b in blocks) / n
-    return tuple(mean.tolist()), tuple((np.sqrt(variance) + 1e-3).tolist())

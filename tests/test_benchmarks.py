@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from saferl.data.buffer import Batch
 from saferl.registry import agent_class, names
+from saferl.replay import Batch
 from saferl.spec import Spec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from saferl.cli import main
-from saferl.training.run import RunFolder
+from saferl.data import save_dataset
+from saferl.runs.folder import RunFolder
 from tests.conftest import point_dataset
 
 ENV = "tests.conftest:PointTest-v0"
@@ -19,7 +20,7 @@ QUICK = ["--steps", "30", "--members", "2", "--set", "hidden=8", "--set", "batch
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    point_dataset(env_id=ENV).save(tmp_path / "point.npz")
+    save_dataset(point_dataset(env_id=ENV), tmp_path / "point.npz")
     return "point.npz"
 
 

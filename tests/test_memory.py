@@ -13,7 +13,7 @@ CODE = """
 import json, resource, sys
 import h5py, torch, pandas
 import saferl
-from saferl.data.buffer import ReplayBuffer
+from saferl.replay import ReplayBuffer
 from saferl.spec import Spec
 from saferl.training.train import make_agent
 

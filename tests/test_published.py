@@ -139,11 +139,10 @@ def test_a_stand_in_is_not_a2pr(authors):
 
 def test_layers_are_laid_beside_their_own(authors):
     from saferl.registry import agent_class
-    from saferl.spec import Spec
 
     data = published.dataset_of(DATA, 600)
     config = agent_class("a2pr").make_config({})
-    ours = agent_class("a2pr")(Spec.from_dataset(data, config), config, [0])
+    ours = agent_class("a2pr")(data.spec(config), config, [0])
     theirs = published.AuthorsA2PR(authors, data, config)
     for _, parameter, own in theirs.pairs(ours):
         parameter.data = own.detach().clone()

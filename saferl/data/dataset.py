@@ -12,21 +12,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saferl.data import validate
 from saferl.data.card import Card
-from saferl.data.frames import Frames, blocks, nbytes, take
+from saferl.data.frames import Frames, blocks, is_image, nbytes, take
 from saferl.errors import SaferlError
+from saferl.spec import Spec, Units
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class Dataset:
-    """Immutable transitions and their `Card`. Make one with a ``from_…`` method or `load_dataset`.
+    """Immutable transitions and their `Card`. Made by `from_arrays` and `load_dataset`.
 
     Attributes:
         observations, next_observations: ``[N, *O]`` float32, or uint8 for pixels; `Frames` where
@@ -115,27 +115,6 @@ class Dataset:
         )
         arrays, facts, notes, problems = validate.prepare(arrays, card, clip_actions)
         return cls(**arrays, card=card.replace(**facts).noted(*notes), problems=problems)
-
-    @classmethod
-    def from_dataframe(cls, frame: Any, columns: dict | None = None, **options: Any) -> Dataset:
-        """Rows of a pandas DataFrame; see `saferl.data.tables.from_dataframe`."""
-        from saferl.data import tables
-
-        return tables.from_dataframe(frame, columns, **options)
-
-    @classmethod
-    def from_d4rl(cls, source: Any, **options: Any) -> Dataset:
-        """The dictionary or environment of a user's ``d4rl`` package; see `saferl.data.d4rl`."""
-        from saferl.data import d4rl
-
-        return d4rl.from_d4rl(source, **options)
-
-    @classmethod
-    def from_minari(cls, source: Any, **options: Any) -> Dataset:
-        """A Minari id or ``MinariDataset``; see `saferl.data.minari.load`."""
-        from saferl.data import minari
-
-        return minari.load(source, **options)
 
     # Sizes and episodes ------------------------------------------------------------------------
 
@@ -230,6 +209,52 @@ class Dataset:
             return None
         low, high = self.card.reference_returns
         return 100.0 * (value - low) / (high - low)
+
+    def spec(self, config: Units) -> Spec:
+        """Sizes and units of the data under an agent's configuration.
+
+        ``config.normalize_observations`` standardises with (s - mean) / (std + 1e-3) over the
+        dataset, as TD3+BC does; ``config.normalize_rewards`` scales rewards by 1000 / (largest -
+        smallest episode return), as IQL does, before ``reward_scale`` and ``reward_shift``.
+
+        Raises:
+            SaferlError: pixels are to be normalised, or all returns are equal.
+        """
+        mean: tuple[float, ...] = ()
+        std: tuple[float, ...] = ()
+        image = self.observations.shape[1:] if is_image(self.observations) else ()
+        if image and config.normalize_observations:
+            raise SaferlError(
+                "pixels are not normalised: set normalize_observations=false, and use an agent "
+                "that takes pixels (`saferl list`)"
+            )
+        if config.normalize_observations:
+            mean, std = _moments(self.observations)
+        scale = float(config.reward_scale)
+        if config.normalize_rewards:
+            returns = self.episode_returns()
+            spread = float(returns.max() - returns.min()) if len(returns) else 0.0
+            if spread <= 0:
+                raise SaferlError(
+                    "normalize_rewards needs episodes of different return, but all returns are "
+                    "equal: pass --set normalize_rewards=false"
+                )
+            scale *= 1000.0 / spread
+        card = self.card
+        return Spec(
+            observation_dim=self.observation_dim,
+            action_dim=self.action_dim,
+            discrete=self.discrete,
+            action_low=() if self.discrete else tuple(map(float, card.action_low or ())),
+            action_high=() if self.discrete else tuple(map(float, card.action_high or ())),
+            observation_mean=mean,
+            observation_std=std,
+            reward_scale=scale,
+            reward_shift=float(config.reward_shift),
+            horizon=self.horizon,
+            image=tuple(int(size) for size in image),
+            frame_stack=getattr(self.observations, "stack", 1),
+        )
 
     def summary(self) -> dict[str, float]:
         """Sizes and the distribution of return, cost and length over the complete episodes."""
@@ -386,24 +411,6 @@ class Dataset:
         )
         return Dataset(**arrays, card=card, problems=dict.fromkeys(good.problems + bad.problems))
 
-    # Export ------------------------------------------------------------------------------------
-
-    def save(self, path: str | Path) -> Path:
-        """Write arrays and card to ``.npz`` or ``.hdf5`` (D4RL's keys); `load_dataset` reads both.
-
-        Written to a temporary name first, so that an interrupted write leaves no half a file. A
-        dataset of frames becomes a folder of V-D4RL's episodes.
-        """
-        from saferl.data import files
-
-        return files.save(self, Path(path))
-
-    def to_minari(self, id: str, **options: Any) -> Any:
-        """Write a local Minari dataset; see `saferl.data.minari.export`."""
-        from saferl.data import minari
-
-        return minari.export(self, id, **options)
-
 
 def _index(name: str, which: Any, total: int) -> np.ndarray:
     """Row numbers from a count, a list of numbers or a mask."""
@@ -417,3 +424,15 @@ def _index(name: str, which: Any, total: int) -> np.ndarray:
     if array.size and (array.min() < 0 or array.max() >= total):
         raise SaferlError(f"{name} must lie in 0 … {total - 1}, got {array.min()} … {array.max()}")
     return array.astype(np.int64)
+
+
+def _moments(
+    observations: np.ndarray, chunk: int = 65536
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation (+ 1e-3) per component, in float64 without a full-size copy."""
+    n = len(observations)
+    flat = observations.reshape(n, -1)
+    blocks = [slice(i, i + chunk) for i in range(0, n, chunk)]
+    mean = sum(flat[b].sum(0, dtype=np.float64) for b in blocks) / n
+    variance = sum(((flat[b] - mean) ** 2).sum(0) for b in blocks) / n
+    return tuple(mean.tolist()), tuple((np.sqrt(variance) + 1e-3).tolist())

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from saferl.errors import SaferlError
-from saferl.evaluation.rollout import Env, Episodes, rollout
 from saferl.evaluation.statistics import (
     CVAR_LEVEL,
     FEWEST_EPISODES,
@@ -32,6 +31,7 @@ from saferl.evaluation.statistics import (
 )
 from saferl.evaluation.text import tables
 from saferl.io import write_text
+from saferl.rollout import Env, Episodes, rollout
 from saferl.safety.limits import check_limit
 
 COLUMNS = ("step", "member", "episode", "return", "cost", "length")

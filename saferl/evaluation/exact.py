@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from saferl.evaluation.rollout import Env, _chooser
+from saferl.models.mdp import TabularMDP, exact_evaluate
+from saferl.models.planning import plan, plan_constrained
 from saferl.registry import make_env
-from saferl.safety.planning import plan, plan_constrained
-from saferl.safety.tabular import TabularMDP, exact_evaluate
+from saferl.rollout import Env, policy_function
 
 FRONTIER_POINTS = 13
 
@@ -56,7 +56,7 @@ def exact_values(task: TabularTask, policy: Any) -> dict[str, list[float]]:
     """
     members = int(getattr(policy, "members", 1))
     seen = np.repeat(task.observations[None].astype(np.float32), members, 0)
-    chosen = _chooser(policy)(seen)
+    chosen = policy_function(policy)(seen)
     chosen = chosen.detach().cpu().numpy() if hasattr(chosen, "detach") else np.asarray(chosen)
     found: dict[str, list[float]] = {"return": [], "cost": [], "ood_rate": []}
     for actions in chosen:

@@ -1,7 +1,7 @@
 """One HTML file for one or more runs: nothing in it is loaded from elsewhere, no scripts.
 
-It is made from the files of the run folders only (`saferl.evaluation.files`), so it can be written
-at any time, also while a run goes on.
+It is made from the files of the run folders only (`saferl.evaluation.results`), so it can be
+written at any time, also while a run goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from saferl.errors import SaferlError
 from saferl.evaluation import plots
 from saferl.evaluation.evaluate import NO_COST, Evaluation
-from saferl.evaluation.files import RunFiles
+from saferl.evaluation.results import RunResults
 from saferl.evaluation.text import explanation, number, parts
 from saferl.io import write_text
 
@@ -58,7 +58,7 @@ def write_report(
         raise SaferlError("a report needs one run folder or more")
     if output is None and len(folders) > 1:
         raise SaferlError("name the file that the report of several runs goes to")
-    runs = [RunFiles.read(folder, limits) for folder in folders]
+    runs = [RunResults.read(folder, limits) for folder in folders]
     for i, run in enumerate(runs):
         if [r.name for r in runs].count(run.name) > 1:
             run.name = f"{run.name} ({i + 1})"
@@ -81,7 +81,7 @@ def write_report(
     return path
 
 
-def _comparison(runs: Sequence[RunFiles]) -> list[str]:
+def _comparison(runs: Sequence[RunResults]) -> list[str]:
     evaluated = [run for run in runs if run.evaluation is not None]
     parts = ["<h2>All runs</h2>"]
     if not evaluated:
@@ -110,7 +110,7 @@ def _comparison(runs: Sequence[RunFiles]) -> list[str]:
     return [*parts, "<h3>Learning curves</h3>", _image(figure, "Learning curves")]
 
 
-def _section(run: RunFiles) -> list[str]:
+def _section(run: RunResults) -> list[str]:
     agent, task = run.config.get("agent"), run.config.get("dataset") or run.config.get("env")
     heading = " on ".join(str(part) for part in (agent, task) if part) or "run"
     parts = [f"<h2>{escape(run.name)}: {escape(heading)}</h2>", "<h3>Result</h3>"]
@@ -143,7 +143,7 @@ def _section(run: RunFiles) -> list[str]:
     return parts
 
 
-def _result(run: RunFiles, evaluation: Evaluation) -> list[str]:
+def _result(run: RunResults, evaluation: Evaluation) -> list[str]:
     last, parts = evaluation.at(), []
     env = run.config.get("env") or (run.card and run.card.env_id) or "its environment"
     parts.append(
@@ -188,7 +188,7 @@ def _frontier(
     return ["<h3>Return-cost frontier</h3>", _image(figure, "Return-cost frontier"), _note(text)]
 
 
-def _units(run: RunFiles, together: Sequence[dict[str, Any]]) -> list[str]:
+def _units(run: RunResults, together: Sequence[dict[str, Any]]) -> list[str]:
     """Limit and cost per episode beside their equivalents per step."""
     horizon, lines = run.card.horizon if run.card else None, []
     for row in together:
@@ -205,7 +205,7 @@ def _units(run: RunFiles, together: Sequence[dict[str, Any]]) -> list[str]:
     return ["<h3>Per episode and per step</h3>", _table(heads, lines), _note(note)]
 
 
-def _method(runs: Sequence[RunFiles]) -> list[str]:
+def _method(runs: Sequence[RunResults]) -> list[str]:
     rows = [row for run in runs if run.evaluation is not None for row in run.table]
     if not rows:
         return []

@@ -1,8 +1,8 @@
 """Training: the loop, its engines, run folders and configurations."""
 
-from saferl.training.evaluation import evaluate_run
-from saferl.training.gathered import gathered
-from saferl.training.members import merge, split
+from saferl.runs.gathered import gathered
+from saferl.runs.split import merge, split
+from saferl.training.evaluate import evaluate_run
 from saferl.training.train import Run, load_agent, make_agent, resume, train
 
 __all__ = [

@@ -23,8 +23,8 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from saferl.data.buffer import Batch
 from saferl.errors import SaferlError
+from saferl.replay import Batch
 from saferl.rng import Request
 
 
@@ -49,7 +49,7 @@ class Compiled:
             self._requests[pattern] = requests
             return metrics
         drawn = agent.random.draw(self._requests[pattern])
-        given = [tensor for tensor in (*batch, *drawn) if tensor is not None]
+        given = [*batch.tensors(), *drawn]
         if pattern not in self._programs:
             with agent.random.handing_out(drawn), _Recorder() as recorder:
                 metrics = agent.learn(batch)

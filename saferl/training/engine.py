@@ -19,20 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saferl.data.buffer import Batch, ReplayBuffer
 from saferl.errors import SaferlError, unknown
+from saferl.io import part
 from saferl.nn import PRECISIONS
+from saferl.replay import Batch, Sampler
 from saferl.rng import MemberRandom
 from saferl.training.compiled import Compiled
 
 ENGINES = ("auto", "eager", "compile", "cuda_graph")
 BLOCKS = (20, 1)  # updates in one CUDA graph; the shorter for what the longer leaves
 MAX_GRAPHS = 16  # kept; rarer sequences of updates run eagerly
-
-
-def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose key begins with ``prefix``, without it."""
-    return {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
 
 
 def pick_device(name: str) -> torch.device:
@@ -104,10 +100,10 @@ class Engine:
         SaferlError: the buffer is not in the GPU's memory, where a CUDA graph needs it.
     """
 
-    def __init__(self, agent: Any, buffer: ReplayBuffer, kind: str = "eager"):
+    def __init__(self, agent: Any, buffer: Sampler, kind: str = "eager"):
         self.agent, self.buffer = agent, buffer
         self.kind = pick_engine(kind, agent.device)
-        if self.kind == "cuda_graph" and buffer.rows.device != agent.device:
+        if self.kind == "cuda_graph" and not buffer.on_device:
             raise SaferlError(
                 "engine cuda_graph needs the replay buffer in the GPU's memory: leave out "
                 "--memory-map, or use eager"
@@ -209,7 +205,7 @@ class Recorded:
         self.engine, self.size = engine, size
         agent = engine.agent
         self.graph = torch.cuda.CUDAGraph()
-        for random in (engine.buffer.random, *vars(agent).values()):
+        for random in (*engine.buffer.streams_of_random, *vars(agent).values()):
             if isinstance(random, MemberRandom):
                 for generator in random.generators:
                     self.graph.register_generator_state(generator)

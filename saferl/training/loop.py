@@ -18,9 +18,9 @@ from torch import Tensor
 
 from saferl.errors import SaferlError, one_line
 from saferl.evaluation import Evaluation
-from saferl.evaluation.rollout import EnvironmentFailed
-from saferl.training.engine import part
-from saferl.training.run import MetricsLog
+from saferl.io import part
+from saferl.rollout import EnvironmentFailed
+from saferl.runs.folder import MetricsLog
 
 CHUNK_SECONDS = 0.5  # between two movements of the progress bar, and to answer Ctrl-C
 # First of the seeds of evaluation episodes. Those of training begin at multiples of a million and

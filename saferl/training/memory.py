@@ -21,8 +21,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saferl.data.buffer import buffer_class, free_memory, human
 from saferl.errors import SaferlError
+from saferl.io import human
+from saferl.replay import buffer_class, free_memory, row_floats
 from saferl.spec import Spec
 
 # Updates among which every `Agent.pattern` of a run is sought.
@@ -195,13 +196,15 @@ def estimate(
     state, each = last.kept, last.peak
     if count > 1:
         state, each = last.kept - one.kept, last.peak - one.peak
-    size = 0 if memory_map else int(rows * one.width * 4)
+    extras = cls.batch_extras(config)
+    size = 0 if memory_map else int(rows * row_floats(spec, costs, extras) * 4)
+    own = int(own_rows * row_floats(spec, costs, extras, online=True) * 4)
     return Estimate(
         members=count,
         device=device,
         buffer=size,
         fixed=max(0, one.peak - each) + max(0, unseen),
-        state=state + int(own_rows * one.own_width * 4),
+        state=state + own,
         work=each - state,
         settings=settings,
     )
@@ -271,8 +274,6 @@ class Probe(NamedTuple):
 
     kept: int  # between updates
     peak: int  # at the peak of an update
-    width: float  # floats of memory for a row of the buffer
-    own_width: float  # and for a row of what a member gathers
 
 
 def probe(
@@ -296,9 +297,8 @@ def probe(
         agent = cls(spec, config, members, device, precision)
         if dataset is not None:
             agent.fit(dataset.subset(min(FIT_ROWS, len(dataset))), lambda line: None)
-        buffer = buffer_class(spec)(
-            spec, config.batch_size, range(members), device, costs, cls.needs_returns
-        )
+        extras = cls.batch_extras(config)
+        buffer = buffer_class(spec)(spec, config.batch_size, range(members), device, costs, extras)
         buffer.size = buffer.capacity
         rows = buffer.nbytes
         updates = {agent.pattern(update): update for update in reversed(CANDIDATES)}.values()
@@ -306,7 +306,7 @@ def probe(
             for update in sorted(updates):
                 agent.updates = update - 1
                 agent.update(buffer.sample(agent.batch_rows))
-        return Probe(ledger.bytes - rows, ledger.peak - rows, buffer.width, buffer.own_width)
+        return Probe(ledger.bytes - rows, ledger.peak - rows)
 
 
 def _count(members: int) -> str:

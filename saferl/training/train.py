@@ -11,20 +11,21 @@ from typing import Any
 import torch
 
 from saferl.data import load_dataset
-from saferl.data.buffer import ReplayBuffer
 from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
 from saferl.evaluation import Evaluator
-from saferl.evaluation.rollout import Slots
+from saferl.io import part
 from saferl.registry import agent_class
+from saferl.replay import make_buffer
+from saferl.rollout import VectorEnv
+from saferl.runs.folder import OBJECT, RunFolder
+from saferl.runs.settings import constrain, published, resolve
 from saferl.safety.limits import check_limit, limit_warnings, no_costs
 from saferl.spec import Spec
-from saferl.training.configs import constrain, published, resolve
-from saferl.training.engine import Engine, check_precision, part, pick_device, pick_engine
-from saferl.training.hybrid import HybridEngine, returns_to_go
+from saferl.training.engine import Engine, check_precision, pick_device, pick_engine
 from saferl.training.loop import Loop, Run, restore
 from saferl.training.memory import announce
-from saferl.training.run import OBJECT, RunFolder
+from saferl.training.online import OnlineEngine
 
 KEPT_CHECKPOINTS = 2  # the last and, should the disk lose it, the one before
 
@@ -50,7 +51,7 @@ def make_agent(
     cls = agent_class(name)
     if isinstance(task, Dataset):
         config = cls.make_config(published(name, task.card.id) | settings)
-        return cls(Spec.from_dataset(task, config), config, members, device)
+        return cls(task.spec(config), config, members, device)
     config = cls.make_config(published(name, "online") | settings)
     return cls(Spec.from_spaces(task.observation_space, task.action_space), config, members, device)
 
@@ -291,7 +292,7 @@ def _execute(
             rows = cls.prepare(dataset, config)
         slots = None
         if cls.acts:
-            slots = Slots(env, len(seeds), None)
+            slots = VectorEnv(env, len(seeds), None)
             stack.callback(slots.close)
         start = None
         if plan.get("start_from"):
@@ -321,16 +322,14 @@ def _execute(
         buffer = None
         if rows is not None:
             file_said = say if memory_map is not None else _silent  # the rest is in `need`'s line
-            returns = returns_to_go(agent, rows)
-            buffer = ReplayBuffer.from_dataset(
-                rows, spec, seeds, device, memory_map, file_said, returns
-            )
+            extras = cls.batch_extras(config)
+            buffer = make_buffer(rows, spec, seeds, device, extras, memory_map, file_said)
             buffer.restrict(agent.rows(rows))
         if slots is None:
             engine = Engine(agent, buffer, plan["engine"])
         else:
             kind = "eager" if plan["engine"] == "auto" else plan["engine"]
-            engine = HybridEngine(
+            engine = OnlineEngine(
                 agent, slots, plan["steps"], buffer, plan["members"], guard, say, kind
             )
         if not resumed:
@@ -357,9 +356,9 @@ def _execute(
         return run
 
 
-def _spec(rows: Dataset | None, slots: Slots | None, config: Any, start: tuple | None) -> Spec:
+def _spec(rows: Dataset | None, slots: VectorEnv | None, config: Any, start: tuple | None) -> Spec:
     """The task as the agent sees it: a checkpoint's, the dataset's or the environment's."""
-    own = None if rows is None else Spec.from_dataset(rows, config)
+    own = None if rows is None else rows.spec(config)
     if start is not None:
         theirs = Spec.from_dict(start[1]["spec"])
         for name in ("observation_dim", "action_dim", "discrete", "image"):

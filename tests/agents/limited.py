@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from saferl.data import Dataset
-from saferl.data.buffer import Batch, ReplayBuffer
+from saferl.replay import Batch, ReplayBuffer
 from saferl.spec import Spec
 from saferl.training.engine import Engine
 
@@ -55,7 +55,7 @@ def differing(one, two) -> set[str]:
 def ends(cls) -> tuple[Batch, Batch]:
     """For both members, the rows of `walk` that end in a terminal, and those that time out."""
     dataset = walk()
-    spec = Spec.from_dataset(dataset, cls.Config())
+    spec = dataset.spec(cls.Config())
     buffer = ReplayBuffer.from_dataset(dataset, spec, MEMBERS)
     return tuple(
         buffer.gather(torch.from_numpy(np.flatnonzero(flags)).expand(len(MEMBERS), -1))
@@ -108,7 +108,7 @@ def trained(cls, dataset: Dataset, updates: int, members=(5,), **settings):
     """The agent after a run on a dataset, and the means of its metrics over the last fifth."""
     config = cls.make_config({"hidden": [24, 24], "batch_size": 64, "reward_scale": 1} | settings)
     dataset = cls.prepare(dataset, config)
-    spec = Spec.from_dataset(dataset, config)
+    spec = dataset.spec(config)
     agent = cls(spec, config, members)
     agent.fit(dataset, lambda line: None)
     buffer = ReplayBuffer.from_dataset(dataset, spec, agent.seeds)

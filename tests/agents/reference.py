@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saferl.data.buffer import Batch
 from saferl.registry import agent_class
+from saferl.replay import Batch
 from saferl.spec import Spec
 
 MEMBERS = (5, 6)  # seeds

@@ -90,7 +90,7 @@ class Plain:
             part = whole
             if c.fresh_batches:
                 rows = slice(k * c.batch_size, (k + 1) * c.batch_size)
-                part = type(batch)(*(None if x is None else x[rows] for x in whole))
+                part = whole.map(lambda field, rows=rows: field[rows])
             descend(self.critic_optimizer, self.critic_loss(part))
             if c.actor_steps == "each" or k == c.inner_steps - 1:
                 self.improve((whole if c.actor_steps == "all" else part).observations)

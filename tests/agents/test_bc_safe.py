@@ -10,9 +10,8 @@ import torch
 
 from saferl.agents.bc_safe import BCSafe
 from saferl.data import Dataset
-from saferl.data.buffer import ReplayBuffer
 from saferl.errors import SaferlError
-from saferl.spec import Spec
+from saferl.replay import ReplayBuffer
 
 from .limited import actions_of, bare, constant, make, trained
 
@@ -43,7 +42,7 @@ def test_a_member_among_others_draws_what_it_draws_alone():
 
     def batches(members, **settings):
         config = BCSafe.make_config({"normalize_observations": True} | settings)
-        spec = Spec.from_dataset(dataset, config)
+        spec = dataset.spec(config)
         agent = BCSafe(spec, config, members)
         buffer = ReplayBuffer.from_dataset(dataset, spec, members)
         buffer.restrict(agent.rows(dataset))

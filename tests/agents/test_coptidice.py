@@ -13,7 +13,6 @@ from saferl.agents.coptidice import COptiDICE, input_gradient
 from saferl.errors import SaferlError
 from saferl.nn import MLP
 from saferl.rng import MemberRandom
-from saferl.spec import Spec
 
 from .limited import (
     T,
@@ -203,7 +202,7 @@ def test_starts_are_the_first_observations_of_episodes():
     cut = type(dataset)(**{name: array[:-2] for name, array in rows.items()}, card=dataset.card)
     assert cut.fragment == (28, 30)
     settings = COptiDICE.make_config({"hidden": [8, 8], "normalize_observations": True})
-    spec = Spec.from_dataset(cut, settings)
+    spec = cut.spec(settings)
     agent = COptiDICE(spec, settings, MEMBERS)
     agent.fit(cut, silent)
     expected = torch.from_numpy(spec.observations(cut.observations[::4]))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saferl.agents.costs import Constraint, CostConfig, CostCritic
+from saferl.agents.shared.constraint import Constraint, CostConfig, CostCritic
 from saferl.data import Dataset
-from saferl.data.buffer import ReplayBuffer
 from saferl.errors import SaferlError
 from saferl.registry import agent_class
+from saferl.replay import ReplayBuffer
 from saferl.rng import MemberRandom
 from saferl.spec import Spec
 from saferl.training.engine import Engine
@@ -331,7 +331,7 @@ def test_a_timeout_row_bootstraps():
     """The batch has no timeouts: what ends an episode without a terminal looks ahead."""
     dataset = toy(2)
     assert dataset.timeouts.sum() == 2 and not dataset.terminals.any()
-    spec = Spec.from_dataset(dataset, CostConfig())
+    spec = dataset.spec(CostConfig())
     buffer = ReplayBuffer.from_dataset(dataset, spec, (0,))
     batch = buffer.gather(torch.from_numpy(np.flatnonzero(dataset.timeouts))[None])
     critic = CostCritic(MemberRandom((0,)), 1, 1, (8,))
@@ -458,7 +458,7 @@ def test_limits_are_kept_side_by_side_that_no_limit_breaks():
         | {"cost_limit": limits, "multiplier_lr": 5e-3, "policy_interval": 1}
     )  # fmt: skip
     dataset = cls.prepare(toy(), config)
-    spec = Spec.from_dataset(dataset, config)
+    spec = dataset.spec(config)
     agent = cls(spec, config, len(limits))
     engine = Engine(agent, ReplayBuffer.from_dataset(dataset, spec, agent.seeds))
     engine.run(500)

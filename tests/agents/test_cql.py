@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from saferl.data.buffer import Batch
 from saferl.registry import agent_class
+from saferl.replay import Batch
 from saferl.rng import MemberRandom
 from saferl.spec import Spec
 
@@ -79,7 +79,8 @@ class Reference:
     def update(self, batch: Batch, penalty: bool = True) -> dict[str, Tensor]:
         c = self.c
         self.updates += 1
-        s, a, r, _, s2, terminal, returns = batch
+        s, a, r, _, s2, terminal, extras = batch
+        returns = extras.get("returns_to_go")
         backups = N if c.max_backup else 1
         noise = self.random.normal(B, 1 + 2 * N + backups, A)[self.member]
         uniform = 2 * self.random.uniform(B, N, A)[self.member] - 1

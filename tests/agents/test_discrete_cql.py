@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from saferl.agents.discrete_cql import DiscreteCQL, balanced, without_repeats
 from saferl.data import Dataset
 from saferl.errors import SaferlError
-from saferl.spec import Spec
 
 from .reference import (
     MEMBERS,
@@ -141,14 +140,14 @@ def test_coefficients_reach(before, after, quantiles):
 def fitted(dataset: Dataset, say=quiet, members=MEMBERS, **settings) -> DiscreteCQL:
     config = DiscreteCQL.make_config({"hidden": [8, 8], "batch_size": 16} | settings)
     prepared = DiscreteCQL.prepare(dataset, config)
-    agent = DiscreteCQL(Spec.from_dataset(prepared, config), config, members)
+    agent = DiscreteCQL(prepared.spec(config), config, members)
     agent.fit(prepared, say)
     return agent
 
 
 def batch_of(agent: DiscreteCQL, dataset: Dataset, rows: int = 64):
     """The first rows of a dataset, as a buffer holds them, for every member."""
-    from saferl.data.buffer import ReplayBuffer
+    from saferl.replay import ReplayBuffer
 
     buffer = ReplayBuffer.from_dataset(dataset.subset(rows), agent.spec, agent.seeds)
     return buffer.sample(rows)
@@ -156,7 +155,7 @@ def batch_of(agent: DiscreteCQL, dataset: Dataset, rows: int = 64):
 
 @pytest.mark.parametrize("most", [10**6, 0])
 def test_the_guardian_answers_for_raw_states_whether_from_a_table_or_not(monkeypatch, most):
-    monkeypatch.setattr("saferl.agents.answers.MAX_TABLE", most)
+    monkeypatch.setattr("saferl.agents.shared.ood_table.MAX_TABLE", most)
     dataset = logged(True)
     agent = fitted(dataset, guardian="knn", alpha=0.3)
     assert agent.spec.observation_mean  # the buffer's rows are not the raw ones

@@ -13,12 +13,12 @@ from saferl.agents.cal_ql import CalQL
 from saferl.agents.iql import IQL
 from saferl.agents.rlpd import RLPD
 from saferl.agents.wsrl import WSRL
-from saferl.data.buffer import ReplayBuffer
 from saferl.errors import SaferlError
-from saferl.evaluation.rollout import Slots
-from saferl.spec import Spec
-from saferl.training.hybrid import HybridEngine, returns_to_go
-from saferl.training.run import RunFolder
+from saferl.replay import ReplayBuffer
+from saferl.replay.buffer import extra_columns
+from saferl.rollout import VectorEnv
+from saferl.runs.folder import RunFolder
+from saferl.training.online import OnlineEngine
 from tests.conftest import PointEnv
 
 from .reference import MEMBERS, B, float64, make, make_batch, member_of
@@ -60,7 +60,7 @@ def test_their_switches_are_the_published_ones():
 
 
 def calibrated(batch, returns):
-    return batch._replace(returns=returns)
+    return batch._replace(extras={"returns_to_go": returns})
 
 
 @pytest.mark.parametrize("settings", [{}, {"lagrange": True, "target_gap": 0.8},
@@ -99,19 +99,20 @@ def test_an_unknown_return_is_no_floor_and_a_high_one_stops_the_push():
 def test_returns_to_go_of_the_dataset_and_of_what_was_acted(point):
     agent = CalQL(SPEC, CalQL.make_config({"hidden": [8], "critic_hidden": [8], "batch_size": 8,
                                            "samples": 2, "discount": 0.9}), (5, 6))  # fmt: skip
-    found = returns_to_go(agent, point)
+    extras = CalQL.batch_extras(agent.config)
+    found = extra_columns(extras, point, SPEC)[:, 0]
     start, stop = point.episodes[3]
     expected = 0.0
     for row in reversed(range(start, stop)):
         expected = point.rewards[row] + 0.9 * expected
         assert found[row] == pytest.approx(expected, rel=1e-5)
-    offline = ReplayBuffer.from_dataset(point, SPEC, (5, 6), returns=found)
-    engine = HybridEngine(agent, Slots(PointEnv, 2, None), 60, offline)
+    offline = ReplayBuffer.from_dataset(point, SPEC, (5, 6), extras=extras)
+    engine = OnlineEngine(agent, VectorEnv(PointEnv, 2, None), 60, offline)
     engine.run(50)
     for m in range(2):
         batch, ends = engine.online.of_member(m)
         assert np.flatnonzero(ends).tolist() == [19, 39]
-        rewards, returns = batch.rewards[0], batch.returns[0]
+        rewards, returns = batch.rewards[0], batch.extras["returns_to_go"][0]
         assert (returns[40:] == -torch.inf).all()  # the episode is not over
         assert returns[39] == rewards[39]
         torch.testing.assert_close(returns[20:39], rewards[20:39] + 0.9 * returns[21:40])
@@ -121,8 +122,13 @@ def test_returns_to_go_of_the_dataset_and_of_what_was_acted(point):
 def test_an_episode_of_failures_is_worth_failing_for_ever():
     settings = {"failure_reward": -5.0, "discount": 0.99}
     agent = CalQL(SPEC, CalQL.make_config(settings | {"hidden": [8], "critic_hidden": [8]}), 1)
-    assert agent.returns_to_go(np.full(7, -5.0, np.float32)) == pytest.approx([-500.0] * 7)
-    mixed = agent.returns_to_go(np.array([-5.0, 5.0], np.float32))
+    (extra,) = CalQL.batch_extras(agent.config)
+
+    def returns_to_go(*rewards):
+        return extra.of_episode(None, np.array(rewards, np.float32), True)[:, 0]
+
+    assert returns_to_go(*[-5.0] * 7) == pytest.approx([-500.0] * 7)
+    mixed = returns_to_go(-5.0, 5.0)
     assert mixed == pytest.approx([-5 + 0.99 * 5, 5])
     assert math.isinf(CalQL.make_config({}).failure_reward)
     with pytest.raises(SaferlError, match="learns from returns-to-go"):
@@ -216,6 +222,4 @@ def test_they_need_what_they_are_made_for(point, tmp_path):
         with pytest.raises(SaferlError, match=f"{agent} learns from a dataset"):
             run(agent, tmp_path / "x", None)
     with pytest.raises(SaferlError, match="needs a discount below 1"):
-        agent = CalQL(Spec(2, 1, action_low=(-2.0,), action_high=(2.0,)),
-                      CalQL.make_config({"failure_reward": -1.0, "discount": 1.0}), 1)  # fmt: skip
-        agent.returns_to_go(np.full(3, -1.0, np.float32))
+        CalQL.batch_extras(CalQL.make_config({"failure_reward": -1.0, "discount": 1.0}))

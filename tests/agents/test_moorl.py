@@ -12,16 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saferl.agents.moorl import MOORL
 from saferl.agents.sac import SAC
-from saferl.data.buffer import Batch, OnlineBuffer, ReplayBuffer
-from saferl.data.mixture import Mixture
 from saferl.errors import SaferlError
-from saferl.evaluation.rollout import Slots
+from saferl.replay import OnlineBuffer, ReplayBuffer
+from saferl.replay.mixed import MixedSampler
 from saferl.rng import MemberRandom
+from saferl.rollout import VectorEnv
 from saferl.spec import Spec
-from saferl.training.hybrid import HybridEngine
 from saferl.training.memory import probe
+from saferl.training.online import OnlineEngine
 from tests.conftest import PointEnv, point_dataset
-from tests.training.test_hybrid import Cliff
+from tests.training.test_online import Cliff
 
 from . import limited
 from .reference import MEMBERS, B, adam, float64, make, make_batch, member_of
@@ -70,7 +70,7 @@ class PlainMOORL(Plain):
                     p.copy_(start + c.eta * (p - start))
         if c.meta_step == "gradient":
             rows = slice(c.inner_steps * c.batch_size, None)
-            extra = Batch(*(None if x is None else x[rows] for x in member_of(batch, self.member)))
+            extra = member_of(batch, self.member).map(lambda field: field[rows])
             critics = [p for q in self.critics for p in q.parameters()]
             slopes = torch.autograd.grad(self.critic_loss(extra), critics)
             loss, _ = self.actor_loss(extra.observations)
@@ -128,7 +128,7 @@ def test_updates_are_the_reference(float64, member, settings):
 def engine_of(cls, data=None, members=(5, 6), env=PointEnv, steps=100, **settings):
     agent = cls(SPEC, cls.make_config(SMALL | settings), members)
     offline = ReplayBuffer.from_dataset(data or point_dataset(), SPEC, members)
-    return HybridEngine(agent, Slots(env, len(members), None), steps, offline)
+    return OnlineEngine(agent, VectorEnv(env, len(members), None), steps, offline)
 
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
@@ -197,8 +197,8 @@ def quadratic(sources, members: int, iterations: int, burn: int, **settings) -> 
     offline.extend(a * one, zero, h * one[0], zero, zero[0], zero[0])
     which, ones, zeros = np.arange(members), np.ones((members, 1)), np.zeros((members, 1))
     online.append(which, which < 0, a_on * ones, zeros, h_on * ones[:, 0], zeros, zeros[:, 0],
-                  zeros[:, 0], None)  # fmt: skip
-    source, found = Mixture(config, offline, online, agent.seeds), []
+                  zeros[:, 0])  # fmt: skip
+    source, found = MixedSampler(config, offline, online, agent.seeds), []
     for iteration in range(iterations):
         agent.update(source.sample(agent.batch_rows))
         if iteration >= burn:
@@ -269,7 +269,7 @@ def test_6_a_block_draws_as_many_rows_as_it_has_batches(fresh, source, monkeypat
     buffer, drawn = getattr(engine.buffer, source), []
     gather = buffer.gather
     monkeypatch.setattr(buffer, "gather", lambda index: drawn.append(index.shape) or gather(index))
-    twin = MemberRandom(engine.agent.seeds, stream=buffer.streams)
+    twin = MemberRandom(engine.agent.seeds, stream=2 if source == "offline" else 4)
     twin.load_state_dict(buffer.random.state_dict())
     engine.run(1)
     rows = 8 * (3 if fresh else 1)  # K B, or B
@@ -283,7 +283,7 @@ def test_6_a_block_draws_as_many_rows_as_it_has_batches(fresh, source, monkeypat
 def test_7_time_outs_bootstrap_and_terminals_do_not():
     flat = Spec(2, 1, action_low=(-2.0,), action_high=(2.0,))
     agent = MOORL(flat, MOORL.make_config(SMALL | {"random_steps": 0}), (5,))
-    engine = HybridEngine(agent, Slots(Cliff, 1, None), 12)
+    engine = OnlineEngine(agent, VectorEnv(Cliff, 1, None), 12)
     engine.run(12)
     batch, ends = engine.online.of_member(0)
     assert np.flatnonzero(ends).tolist() == [1, 5, 7, 11]
@@ -294,7 +294,7 @@ def test_7_time_outs_bootstrap_and_terminals_do_not():
 def test_8_mixing_moves_the_mean_reward_by_no_more_than_the_bound():
     """|ΔR| ≤ 2 λ TV(d_π, d_μ) R_max / (1 - γ) on 300 random tabular processes.
 
-    This is the theorem alone: that batches are mixed so is for the tests of `Mixture`.
+    This is the theorem alone: that batches are mixed so is for the tests of `MixedSampler`.
     """
     rng, ratios = np.random.default_rng(0), []
     for _ in range(300):

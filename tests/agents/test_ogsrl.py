@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saferl.agents.ogsrl import OGSRL, TRIES, DiscreteOGSRL
-from saferl.agents.trust_region import CORNER, FREE, RECOVERY, SHRINK
+from saferl.agents.ogsrl.agent import OGSRL, TRIES, DiscreteOGSRL
+from saferl.agents.ogsrl.trust_region import CORNER, FREE, RECOVERY, SHRINK
 from saferl.data import Dataset
 from saferl.rng import MemberRandom
 from saferl.safety.guardians.fitting import split
-from saferl.spec import Spec
 
 from .reference import MEMBERS, Net, adam, descend, float64, nets
 
@@ -62,7 +61,7 @@ def make(discrete: bool, dataset: Dataset | None = None, members=MEMBERS, **sett
     cls = DiscreteOGSRL if discrete else OGSRL
     dataset = logged(discrete) if dataset is None else dataset
     config = cls.make_config(SMALL | settings)
-    agent = cls(Spec.from_dataset(cls.prepare(dataset, config), config), config, members)
+    agent = cls(cls.prepare(dataset, config).spec(config), config, members)
     agent.fit(dataset, quiet)
     return agent
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from saferl.agents.budgets import MARGIN_RATE, Limits, ood_budget, share_leaving
-from saferl.agents.ogsrl import DiscreteOGSRL
-from saferl.agents.rollouts import advantages
+from saferl.agents.ogsrl.agent import DiscreteOGSRL
+from saferl.agents.ogsrl.limits import MARGIN_RATE, Limits, ood_budget, share_leaving
+from saferl.agents.ogsrl.simulate import advantages
 from saferl.data import Dataset
 from saferl.errors import SaferlError
 from saferl.safety.guardians.fitting import split
-from saferl.spec import Spec
 
 from .reference import MEMBERS
 from .test_ogsrl import LENGTH, SMALL, logged, make, quiet
@@ -95,7 +94,7 @@ def test_budgets_are_the_users_limits_in_the_units_of_the_estimates():
     cls, dataset = DiscreteOGSRL, logged(True)
     config = cls.make_config(SMALL | {"cost_limit": [1.0, 2.0], "cost_discount": 0.8,
                                       "discount": [0.9, 0.95], "horizon": 7})  # fmt: skip
-    agent = cls(Spec.from_dataset(dataset, config), config, 2)
+    agent = cls(dataset.spec(config), config, 2)
     agent.fit(dataset, lines.append)
     cost = sum(0.8**t for t in range(LENGTH)) / LENGTH  # logged episodes last four steps
     expected = torch.tensor([[0.05 * 0.9**7, cost], [0.05 * 0.95**7, 2 * cost]])
@@ -424,7 +423,7 @@ def test_bad_settings_are_one_clear_line(discrete, settings, message):
 
 def test_bad_data_are_one_clear_line():
     dataset = logged(True)
-    spec = Spec.from_dataset(dataset, DiscreteOGSRL.make_config(SMALL))
+    spec = dataset.spec(DiscreteOGSRL.make_config(SMALL))
     agent = DiscreteOGSRL(spec, DiscreteOGSRL.make_config(SMALL), 1)
     with pytest.raises(SaferlError, match="not fitted: call fit"):
         agent.update(None)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import saferl
-from saferl.data.buffer import OnlineBuffer, online_buffer_class
-from saferl.data.frame_buffer import OnlineFrameBuffer
+from saferl.data import save_dataset
 from saferl.data.frames import Frames
 from saferl.errors import SaferlError
 from saferl.registry import agent_class
+from saferl.replay import OnlineBuffer, online_buffer_class
+from saferl.replay.frames import OnlineFrameBuffer
 from saferl.rng import MemberRandom
 from saferl.spec import Spec
 
@@ -104,7 +105,7 @@ def test_the_meta_step_moves_the_encoder_and_both_trunks(float64):
     settings = {"inner_steps": 2, "batch_size": B}
     plain, meta = make("sac", **settings), make("moorl", eta=0.25, **settings)
     batch = make_batch(plain)
-    batch = type(batch)(*(None if f is None else torch.cat([f, f.flip(1)], 1) for f in batch))
+    batch = batch.map(lambda field: torch.cat([field, field.flip(1)], 1))
     before = {k: v.clone() for k, v in meta.state_dict().items()}
     plain.update(batch)
     meta.update(batch)
@@ -146,7 +147,7 @@ QUICK = SMALL | {"batch_size": 8, "random_steps": 3, "hidden": [8]}
 
 def test_what_members_gather_is_what_they_saw():
     data = pixels()
-    spec = Spec.from_dataset(data, agent_class("sac").make_config({}))
+    spec = data.spec(agent_class("sac").make_config({}))
     buffer = online_buffer_class(spec)(spec, 5, (0, 1), costs=False)
     assert isinstance(buffer, OnlineFrameBuffer)
     assert online_buffer_class(Spec(3, 2)) is OnlineBuffer
@@ -154,7 +155,7 @@ def test_what_members_gather_is_what_they_saw():
     for row in rows:
         for member in (0, 1) if row != 2 else (0,):
             fields = [data.observations[[row]], data.actions[[row]], data.rewards[[row]],
-                      data.next_observations[[row]], data.terminals[[row]], None, None]  # fmt: skip
+                      data.next_observations[[row]], data.terminals[[row]], None]  # fmt: skip
             if member:  # flattened, as a rollout has them
                 fields[0] = fields[0].reshape(1, -1).astype(np.float32)
             buffer.append(np.array([member]), np.array([row == 11]), *fields)
@@ -220,7 +221,7 @@ def test_gathered_pixels_are_what_members_saw(alone, capacity, tmp_path):
             assert np.array_equal(one.next_observations[row], following)
             assert one.rewards[row] == pytest.approx(reward)
         assert np.array_equal(data.observations[m * kept : (m + 1) * kept], one.observations[:])
-    path = data.save(tmp_path / ("whole.npz" if alone else "episodes"))
+    path = save_dataset(data, tmp_path / ("whole.npz" if alone else "episodes"))
     again = saferl.load_dataset(path)
     first = 0 if not capacity else 2  # that layout knows nothing from before an episode's first row
     for name in ("observations", "next_observations", "actions", "rewards"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saferl.agents.trust_region import (
+from saferl.agents.ogsrl.trust_region import (
     CORNER,
     FREE,
     RECOVERY,

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from saferl.agents.base import Agent
+from saferl.agents.shared.agent import Agent
 from saferl.data import Dataset
-from saferl.data.buffer import ReplayBuffer
 from saferl.errors import SaferlError
 from saferl.registry import agent_class, names
+from saferl.replay import make_buffer
 from saferl.rng import MemberRandom
 from saferl.spec import Spec
-from saferl.training.hybrid import returns_to_go
 
 AGENTS = names("agents")
 LAYERS = ("hidden", "critic_hidden", "value_hidden", "vae_hidden")
@@ -102,12 +101,11 @@ class Setup:
     def __init__(self, cls, members=(5, 6, 7), device="cpu", precision="fp32", **settings):
         config = make_config(cls, **settings)
         dataset = cls.prepare(dataset_for(cls), config)
-        self.spec = Spec.from_dataset(dataset, config)
+        self.spec = dataset.spec(config)
         self.agent = cls(self.spec, config, members, device, precision)
         self.agent.fit(dataset, lambda line: None)
-        self.buffer = ReplayBuffer.from_dataset(
-            dataset, self.spec, self.agent.seeds, device, returns=returns_to_go(self.agent, dataset)
-        )
+        extras = cls.batch_extras(config)
+        self.buffer = make_buffer(dataset, self.spec, self.agent.seeds, device, extras)
         self.buffer.restrict(self.agent.rows(dataset))
 
     def train(self, updates: int) -> dict[str, torch.Tensor]:

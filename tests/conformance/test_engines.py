@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from saferl.agents.base import Agent
+from saferl.agents.shared.agent import Agent
 from saferl.errors import SaferlError
-from saferl.evaluation.rollout import Slots
 from saferl.registry import agent_class
+from saferl.rollout import VectorEnv
 from saferl.training import compiled
 from saferl.training.engine import Engine
-from saferl.training.hybrid import HybridEngine
+from saferl.training.online import OnlineEngine
 
 from .test_agents import AGENTS, Room, Setup, cls
 
@@ -115,7 +115,7 @@ def test_a_compiler_that_fails_is_one_line_that_names_its_cache(monkeypatch):
 def acting(cls, kind: str, steps: int) -> dict:
     """State after ``steps`` environment steps, batches being of one source or of both."""
     setup = Setup(cls)
-    engine = HybridEngine(setup.agent, Slots(Room, 3, None), steps, setup.buffer, kind=kind)
+    engine = OnlineEngine(setup.agent, VectorEnv(Room, 3, None), steps, setup.buffer, kind=kind)
     engine.run(steps // 3)
     engine.load_state_dict(engine.state_dict())
     engine.run(steps - steps // 3)

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from saferl.agents.base import Agent
+from saferl.agents.shared.agent import Agent
 from saferl.data import Dataset
-from saferl.data.buffer import ReplayBuffer
-from saferl.evaluation.rollout import Slots
 from saferl.registry import agent_class
+from saferl.replay import ReplayBuffer
+from saferl.rollout import VectorEnv
 from saferl.spec import Spec
 from saferl.training.engine import Engine
-from saferl.training.hybrid import HybridEngine
+from saferl.training.online import OnlineEngine
 
 SEEDS = (0, 1, 2)
 HORIZON = 20
@@ -63,7 +63,7 @@ def corridor(discrete: bool, episodes: int = 60) -> Dataset:
 def train(name: str, dataset: Dataset, updates: int, **settings) -> Agent:
     cls = agent_class(name)
     config = cls.make_config({"hidden": [32, 32], "batch_size": 64, "discount": 0.9} | settings)
-    spec = Spec.from_dataset(dataset, config)
+    spec = dataset.spec(config)
     agent = cls(spec, config, SEEDS)
     Engine(agent, ReplayBuffer.from_dataset(dataset, spec, SEEDS)).run(updates)
     return agent
@@ -186,7 +186,7 @@ def test_sac_learns_online():
         {"hidden": [32, 32], "batch_size": 64, "discount": 0.9, "random_steps": 100} | rates
     )
     agent = cls(Spec.from_spaces(Point.observation_space, Point.action_space), config, SEEDS)
-    engine = HybridEngine(agent, Slots(Point, len(SEEDS), None), 1000)
+    engine = OnlineEngine(agent, VectorEnv(Point, len(SEEDS), None), 1000)
     engine.run(500)
     engine.close()
     policy = agent.policy()

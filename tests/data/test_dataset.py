@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from saferl.data import Card, Dataset, load_dataset
+from saferl.data import Card, Dataset, load_dataset, save_dataset
 from saferl.data.validate import timeouts_from_horizon
 from saferl.errors import SaferlError
 
@@ -314,14 +314,14 @@ def test_card_is_json_both_ways():
 @pytest.mark.parametrize("costs", [None, np.arange(N) % 2])
 def test_save_and_load(tmp_path, name, costs):
     d = Dataset.from_arrays(**arrays(costs=costs), id="mine", env_id="Hopper-v4", horizon=10)
-    d.save(tmp_path / name)
+    save_dataset(d, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == [name]
     back = load_dataset(tmp_path / name)
     assert back.fingerprint == d.fingerprint and back.card == d.card
     again = load_dataset(str(tmp_path / name), env_id="Walker2d-v4", reference_returns=[0, 2])
     assert again.card.env_id == "Walker2d-v4" and again.normalised_score(1) == 50
     with pytest.raises(SaferlError, match=r"\.npz or \.hdf5"):
-        d.save(tmp_path / "d.pkl")
+        save_dataset(d, tmp_path / "d.pkl")
 
 
 def test_loading_a_large_array_needs_little_memory():

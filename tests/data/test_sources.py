@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saferl.data import Dataset, d4rl, dsrl, files, load_dataset
+from saferl import io
+from saferl.data import Dataset, from_d4rl, from_dataframe, from_minari, load_dataset, to_minari
+from saferl.data.sources import d4rl, dsrl, fetch
 from saferl.errors import SaferlError
 
 N = 300
@@ -170,23 +172,23 @@ def test_d4rl_objects_of_the_users_package():
         ref_max_score=3000.0,
         _max_episode_steps=100,
     )
-    dataset = Dataset.from_d4rl(env)
+    dataset = from_d4rl(env)
     kept = np.setdiff1d(np.arange(N), [149, 249, 299])
     same(dataset, values, kept)
     assert (dataset.card.id, dataset.card.horizon) == ("d4rl/my-hopper-v0", 100)
     assert dataset.normalised_score(3000) == 100
     env.spec.id = "hopper-medium-v0"
-    assert Dataset.from_d4rl(env).card.env_id == "Hopper-v4"
-    same(Dataset.from_d4rl(values, env_id="Hopper-v4"), values, kept)
+    assert from_d4rl(env).card.env_id == "Hopper-v4"
+    same(from_d4rl(values, env_id="Hopper-v4"), values, kept)
     # qlearning_dataset has successors and no timeouts: a seam is where they are not the next row.
     rows = kept[kept < N - 1]
     made = {k: values[k][rows] for k in ("observations", "actions", "rewards", "terminals")}
     made["next_observations"] = values["observations"][rows + 1]
-    back = Dataset.from_d4rl(made, id="hopper-medium-v0")
+    back = from_d4rl(made, id="hopper-medium-v0")
     assert rows[back.timeouts].tolist() == [148, 248] and back.card.reference_source == "D4RL"
     del values["rewards"]
-    refused("lacks rewards; present: observations, actions", Dataset.from_d4rl, values)
-    refused("takes an environment with get_dataset", Dataset.from_d4rl, 3)
+    refused("lacks rewards; present: observations, actions", from_d4rl, values)
+    refused("takes an environment with get_dataset", from_d4rl, 3)
 
 
 # DSRL -------------------------------------------------------------------------------------------
@@ -297,7 +299,7 @@ def test_download_once_and_verify(tmp_path, server):
     assert sorted(p.name for p in kept.iterdir()) == [
         "hopper_medium-v2.hdf5", "hopper_medium-v2.hdf5.sha256"]  # fmt: skip
     recorded = (kept / "hopper_medium-v2.hdf5.sha256").read_text().split()
-    assert recorded == [files.sha256(tmp_path / "www" / HOPPER), "hopper_medium-v2.hdf5"]
+    assert recorded == [fetch.sha256(tmp_path / "www" / HOPPER), "hopper_medium-v2.hdf5"]
     with (kept / "hopper_medium-v2.hdf5").open("r+b") as file:
         file.seek(-9, 2)
         file.write(b"x")
@@ -356,7 +358,7 @@ def test_download_refusals(tmp_path, server, monkeypatch):
     page.write_bytes(whole)
     usage = SimpleNamespace(free=10)
     with monkeypatch.context() as patch:
-        patch.setattr(files.shutil, "disk_usage", lambda folder: usage)
+        patch.setattr(fetch.shutil, "disk_usage", lambda folder: usage)
         refused("free some space or set SAFERL_DATA_DIR", load_dataset, "d4rl/hopper-medium-v2")
     monkeypatch.setenv("SAFERL_D4RL_MIRROR", "/a/folder")
     refused("must be an http:// or https:// URL", load_dataset, "d4rl/hopper-medium-v2")
@@ -379,8 +381,8 @@ def test_a_silent_host_is_given_up(monkeypatch):
         release.wait(30)
         raise OSError("given up")
 
-    monkeypatch.setattr(files.socket, "create_connection", hang)
-    assert files.unreachable("http://example.org", seconds=0.1) == "no answer within 0.1 s"
+    monkeypatch.setattr(fetch.socket, "create_connection", hang)
+    assert fetch.unreachable("http://example.org", seconds=0.1) == "no answer within 0.1 s"
     release.set()
 
 
@@ -409,7 +411,7 @@ def test_damaged_and_foreign_files(tmp_path):
 
 def test_not_enough_memory_is_said_before(tmp_path, monkeypatch):
     path = write(tmp_path / "a.hdf5", d4rl_arrays())
-    monkeypatch.setattr(files.Path, "read_text", lambda self: "MemAvailable:   1 kB")
+    monkeypatch.setattr(io.Path, "read_text", lambda self: "MemAvailable:   1 kB")
     refused("a.hdf5 needs .* GB of memory but 0.0 GB are available", load_dataset, path)
 
 
@@ -496,7 +498,7 @@ def test_minari_objects_without_costs_and_with_discrete_actions():
 
     space = spaces.Discrete(2, start=0)
     source, buffers = minari_dataset("test/d-v0", observations="box", cost=False, actions=space)
-    dataset = Dataset.from_minari(source)
+    dataset = from_minari(source)
     assert dataset.costs is None and dataset.discrete and dataset.action_dim == 2
     assert dataset.actions.tolist() == [0, 1, 0, 1, 0, 1, 0]
     np.testing.assert_allclose(dataset.rewards[:4], buffers[0].rewards, rtol=1e-6)
@@ -510,20 +512,20 @@ def test_minari_export_gives_the_same_dataset_back():
         **{k: values[k] for k in names} | {"timeouts": timeouts}, env_id="Hopper-v4",
         action_low=-1, action_high=1, costs=np.arange(N) % 2, reference_returns=(0, 9),
     )  # fmt: skip
-    written = made.to_minari("test/export-v0")
+    written = to_minari(made, "test/export-v0")
     assert written.total_episodes == 5 and written.env_spec.id == "Hopper-v4"
     costs = written[0].infos["cost"]
     assert len(costs) == 51 and costs[1:].tolist() == made.costs[:50].tolist()
     back = load_dataset("minari/test/export-v0")
     assert back.fingerprint == made.fingerprint and back.card == made.card
     assert back.fragment == made.fragment == (250, 300)
-    refused("already exists", made.to_minari, "test/export-v0")
-    made.subset(episodes=[0]).with_card(env_id=None).to_minari("test/small-v0")
+    refused("already exists", to_minari, made, "test/export-v0")
+    to_minari(made.subset(episodes=[0]).with_card(env_id=None), "test/small-v0")
     other = Dataset.from_arrays(
         **{k: values[k] for k in names} | {"next_observations": values["observations"]},
         action_low=-1, action_high=1,
     )  # fmt: skip
-    refused("next_observations differ from the next row", other.to_minari, "test/x-v0")
+    refused("next_observations differ from the next row", to_minari, other, "test/x-v0")
 
 
 def test_minari_absent_or_malformed():
@@ -533,7 +535,7 @@ def test_minari_absent_or_malformed():
     refused("malformed Minari id 'door'", load_dataset, "minari/door")
     refused("is not at .*Allow the download", load_dataset, "minari/D4RL/pen/human-v2",
             download=False)  # fmt: skip
-    refused("takes an id or a MinariDataset", Dataset.from_minari, 3)
+    refused("takes an id or a MinariDataset", from_minari, 3)
     assert time.monotonic() - start < 5
 
 
@@ -568,7 +570,7 @@ COLUMNS = {
 
 
 def test_table_of_patients():
-    dataset = Dataset.from_dataframe(patients(), COLUMNS, n_actions=4, id="icu")
+    dataset = from_dataframe(patients(), COLUMNS, n_actions=4, id="icu")
     assert dataset.rewards.tolist() == [0, 1, 3, 4, 5, -1]  # b, a, c by first appearance, by hour
     assert dataset.observations[:, 0].tolist() == [60, 60, 50, 50, 50, 70]
     assert dataset.discrete and dataset.actions.tolist() == [1, 0, 1, 0, 2, 0]
@@ -581,13 +583,13 @@ def test_table_of_patients():
 def test_table_ends_by_flags_and_timeouts():
     # b died; the records of a and c were cut off: their last rows have no successor.
     columns = COLUMNS | {"terminals": "died", "actions": ["dose"]}
-    dataset = Dataset.from_dataframe(patients(), columns, episode_end="timeout")
+    dataset = from_dataframe(patients(), columns, episode_end="timeout")
     assert dataset.rewards.tolist() == [0, 1, 3, 4]
     assert dataset.terminals.tolist() == [0, 1, 0, 0]
     assert dataset.timeouts.tolist() == [0, 0, 0, 1]
     assert not dataset.discrete and dataset.actions.shape == (4, 1)
     flat = {"observations": "age", "actions": "dose", "rewards": "gain", "timeouts": "died"}
-    one = Dataset.from_dataframe(patients().iloc[::-1], flat)
+    one = from_dataframe(patients().iloc[::-1], flat)
     assert one.observations.shape == (5, 1) and one.costs is None
 
 
@@ -598,7 +600,7 @@ def test_csv_parquet_and_default_names(tmp_path):
     frame.to_csv(tmp_path / "p.csv", index=False)
     frame.to_parquet(tmp_path / "p.parquet")
     loaded = [load_dataset(tmp_path / name) for name in ("p.csv", "p.parquet")]
-    direct = Dataset.from_dataframe(patients(), COLUMNS)
+    direct = from_dataframe(patients(), COLUMNS)
     assert {d.fingerprint for d in loaded} == {direct.fingerprint}
     assert loaded[0].card.id == "p.csv" and loaded[0].card.env_id is None
     patients().to_csv(tmp_path / "q.csv", index=False)
@@ -609,7 +611,7 @@ def test_csv_parquet_and_default_names(tmp_path):
 def test_table_refusals(tmp_path):
     def table(match, frame=None, **changes):
         frame = patients() if frame is None else frame
-        refused(match, Dataset.from_dataframe, frame, COLUMNS | changes)
+        refused(match, from_dataframe, frame, COLUMNS | changes)
 
     table("unknown column for rewards 'gian': did you mean 'gain'", rewards="gian")
     table("unknown role in columns 'reward': did you mean 'rewards'", reward="gain")
@@ -627,7 +629,7 @@ def test_table_refusals(tmp_path):
     table(r"terminals\[2\] is 3", terminals="gain", frame=patients())
     table("cast them to float", actions=["drug", "hour"])
     table("the table has no rows", patients().iloc[:0])
-    twice = Dataset.from_dataframe(patients().assign(hour=0), COLUMNS)
+    twice = from_dataframe(patients().assign(hour=0), COLUMNS)
     assert any("3 rows have the same 'patient' and 'hour'" in p for p in twice.problems)
     (tmp_path / "bad.csv").write_text('a,b\n1,2\n"3,4\n')
     refused("bad.csv cannot be read as csv", load_dataset, tmp_path / "bad.csv")

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from saferl.data import dsrl
+from saferl.data.sources import dsrl
 from saferl.envs import adapters
 from saferl.errors import SaferlError
 from saferl.registry import make_env

@@ -10,7 +10,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import saferl
-from saferl.data import load_dataset
+from saferl.data import load_dataset, save_dataset
 from saferl.envs import dmc
 from saferl.errors import SaferlError
 from saferl.registry import make_env
@@ -118,7 +118,7 @@ def test_recorded_data_are_v_d4rl_files_and_train(pixels, tmp_path):
         observation, reward, *_ = env.step(data.actions[row])
         assert data.rewards[row] == pytest.approx(reward)
         assert (data.next_observations[row] == observation).mean() > 0.99
-    folder = data.save(tmp_path / "walker_walk" / "random")
+    folder = save_dataset(data, tmp_path / "walker_walk" / "random")
     again = load_dataset(folder)
     assert again.fingerprint == data.fingerprint and again.card == data.card
 
@@ -131,7 +131,7 @@ def test_recorded_data_are_v_d4rl_files_and_train(pixels, tmp_path):
     cloned = dmc.record(lambda: Short(pixels, 7), 1, run.policy(), seed=10_000)
     assert cloned.rewards.sum() == pytest.approx(run.evaluation.returns[0], rel=1e-4)
 
-    own = load_dataset(cloned.save(tmp_path / "walker_walk" / "cloned"))
+    own = load_dataset(save_dataset(cloned, tmp_path / "walker_walk" / "cloned"))
     settings = small | {"inner_steps": 2, "random_steps": 3, "offline_share": 0.5}
     run = saferl.train(
         "moorl", own, env=lambda: Short(pixels, 7), steps=9, members=1, eval_interval=0,

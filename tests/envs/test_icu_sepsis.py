@@ -12,8 +12,8 @@ from gymnasium.utils.env_checker import check_env
 from saferl.data import load_dataset
 from saferl.envs import icu_sepsis as icu
 from saferl.errors import SaferlError
-from saferl.safety.planning import plan
-from saferl.safety.tabular import exact_evaluate
+from saferl.models.mdp import exact_evaluate
+from saferl.models.planning import plan
 
 try:
     PACKAGE = metadata.distribution("icu-sepsis")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import saferl
-from saferl.data import d4rl, load_dataset
+from saferl.data import load_dataset
+from saferl.data.sources import d4rl
 from saferl.errors import SaferlError
 
 try:

@@ -9,9 +9,9 @@ import torch
 
 import saferl
 from saferl.evaluation.exact import TabularTask, exact_frontier, exact_values, tabular_task
-from saferl.evaluation.files import RunFiles
 from saferl.evaluation.report import write_report
-from saferl.safety.tabular import TabularMDP
+from saferl.evaluation.results import RunResults
+from saferl.models.mdp import TabularMDP
 
 
 class Ladder(gymnasium.Env):
@@ -144,4 +144,4 @@ def test_a_run_in_a_table_is_reported_with_its_frontier(tmp_path):
     assert "exact" in found.text()
     page = write_report(run.path).read_text()
     assert "exact return" in page and "Black: the best return of any policy" in page
-    assert RunFiles.read(run.path).frontier == found.frontier
+    assert RunResults.read(run.path).frontier == found.frontier

@@ -10,7 +10,7 @@ import yaml
 from saferl.data import Card
 from saferl.errors import SaferlError
 from saferl.evaluation import Episodes, Evaluation, evaluate, plots, write_report
-from saferl.evaluation.files import read_metrics
+from saferl.evaluation.results import read_metrics
 from saferl.evaluation.text import cells, columns, group_names, interval, number
 from saferl.safety.limits import check_limit
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saferl.errors import SaferlError
+from saferl.nn import search as search_module
+from saferl.nn.search import Search
 from saferl.safety.guardians import FeatureMap, Guardian, guardian_names, make_guardian
-from saferl.safety.guardians import search as search_module
-from saferl.safety.guardians.search import Search
 
 RNG = np.random.default_rng(0)
 S = RNG.normal(size=(120, 3)).astype(np.float32) * [1, 10, 0.1]

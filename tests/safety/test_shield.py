@@ -17,9 +17,9 @@ from saferl.errors import SaferlError
 from saferl.evaluation import rollout
 from saferl.nn.policies import DeterministicActor, Policy
 from saferl.rng import MemberRandom
-from saferl.safety.functions import each
 from saferl.safety.limits import CostLimit
 from saferl.safety.shield import Shield
+from saferl.safety.shield.adapters import each
 from saferl.spec import Spec
 from tests.conftest import PointEnv
 
@@ -147,7 +147,7 @@ def test_rounding_of_summed_costs_grants_no_step():
     for _ in range(3):
         shield(line(1))
         shield.observe(0.1)
-    shield._account.spent[:] = np.nextafter(0.3, 0)
+    shield._budget.spent[:] = np.nextafter(0.3, 0)
     assert shield(line(1)) == -1
 
 
@@ -646,8 +646,8 @@ def test_icu_sepsis_with_and_without():
     icu = pytest.importorskip("saferl.envs.icu_sepsis")
     from scipy import sparse
 
+    from saferl.models.mdp import exact_evaluate
     from saferl.safety.guardians import make_guardian
-    from saferl.safety.tabular import exact_evaluate
 
     episodes = 3000
     data = icu.make_dataset(episodes=episodes, seed=0, observation="index")

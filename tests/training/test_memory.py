@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import saferl
-from saferl.data.buffer import ReplayBuffer, buffer_class
 from saferl.errors import SaferlError
 from saferl.registry import agent_class, names
+from saferl.replay import ReplayBuffer, buffer_class
 from saferl.spec import Spec
 from saferl.training import memory
 from saferl.training.memory import Estimate, Ledger, announce, estimate, is_out_of_memory
@@ -69,8 +69,8 @@ def test_sixteen_members_are_within_a_tenth(cls):
     expected = estimate(cls, spec_of(cls), config, 16, rows=1000)
     with Ledger() as ledger:
         agent = cls(spec_of(cls), config, 16)
-        options = {"returns": True} if cls.needs_returns else {}
-        buffer = buffer_class(spec_of(cls))(spec_of(cls), 1000, range(16), **options)
+        extras = cls.batch_extras(config)
+        buffer = buffer_class(spec_of(cls))(spec_of(cls), 1000, range(16), extras=extras)
         buffer.size = buffer.capacity
         for _ in range(4):
             agent.update(buffer.sample(agent.batch_rows))
@@ -175,7 +175,7 @@ def test_an_agent_that_fits_first_is_estimated_with_what_it_fitted():
 
     config = make_config(base)
     data = point_dataset()
-    spec = Spec.from_dataset(data, config)
+    spec = data.spec(config)
     plain = estimate(base, spec, config, 2, 100, dataset=data)
     found = estimate(Fitting, spec, config, 2, 100, dataset=data)
     assert found.state - plain.state == 400 * len(data)
@@ -330,7 +330,7 @@ def test_a_probe_that_does_not_fit_is_one_line():
 
 RESIDENT = """
 import gc, torch
-from saferl.data.buffer import ReplayBuffer
+from saferl.replay import ReplayBuffer
 from saferl.registry import agent_class
 from saferl.spec import Spec
 from saferl.training.memory import estimate

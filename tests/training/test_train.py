@@ -17,11 +17,12 @@ import pytest
 import torch
 
 import saferl
+from saferl.data import save_dataset
 from saferl.errors import SaferlError
 from saferl.evaluation.text import group_names
 from saferl.registry import agent_class
+from saferl.runs.folder import RunFolder
 from saferl.training.loop import Loop
-from saferl.training.run import RunFolder
 from tests.conftest import PointEnv, point_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def test_training_is_reproducible_and_loads_back(point, tmp_path):
 @pytest.mark.parametrize("agent", ["td3_bc", "iql"])
 def test_resumed_equals_unbroken_after_kill_9(point, tmp_path, agent):
     data = tmp_path / "point.npz"
-    point.save(data)
+    save_dataset(point, data)
     command = [sys.executable, "-m", "saferl.cli", "train", agent, "--dataset", str(data),
                "--env", ENV, "--steps", "300", "--members", "2", "--set", "hidden=8",
                "--set", "batch_size=16", "--eval-episodes", "2", "--device", "cpu",

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from saferl.errors import unknown
+from saferl.nn.features import FeatureMap
 from saferl.safety.guardians.base import Composite, Explanation, Guardian
 from saferl.safety.guardians.ellipsoids import GMM, Christoffel, Mahalanobis, PSoS
-from saferl.safety.guardians.features import FeatureMap
 from saferl.safety.guardians.learned import VAE, Ensemble
 from saferl.safety.guardians.neighbours import KDE, KNN, Count
 

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from saferl.errors import SaferlError, unknown
-from saferl.safety.guardians.features import DataBuffers, FeatureMap, as_tensor, in_kind
-from saferl.safety.guardians.search import Search, distinct_rows, hash_multipliers, row_keys
+from saferl.nn.data_buffers import DataBuffers, as_tensor, in_kind
+from saferl.nn.features import FeatureMap
+from saferl.nn.search import Search, distinct_rows, hash_multipliers, row_keys
 
 TIE = 1e-5
 """Scores closer than this times max(1, |score|) are ties: devices round differently, and tabular

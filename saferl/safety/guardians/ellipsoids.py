@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from saferl.errors import SaferlError
+from saferl.nn.features import FeatureMap
 from saferl.safety.guardians.base import Guardian
-from saferl.safety.guardians.features import FeatureMap
 
 LARGEST = 2000
 """Most monomials: P has their number squared."""

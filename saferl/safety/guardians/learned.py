@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from saferl.errors import SaferlError
 from saferl.nn import MLP
+from saferl.nn.data_buffers import as_tensor
+from saferl.nn.features import FeatureMap
 from saferl.rng import MemberRandom
 from saferl.safety.guardians.base import Guardian
-from saferl.safety.guardians.features import FeatureMap, as_tensor
 
 CLIP = 10.0
 """Gradient norm beyond which a step is shortened."""

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from saferl.errors import SaferlError
-from saferl.safety.guardians.base import Guardian
-from saferl.safety.guardians.features import FeatureMap
-from saferl.safety.guardians.search import (
+from saferl.nn.features import FeatureMap
+from saferl.nn.search import (
     Search,
     blocks,
     distinct_rows,
     row_keys,
     squared_distances,
 )
+from saferl.safety.guardians.base import Guardian
 
 BANDWIDTHS = tuple(2.0 ** (i / 2) for i in range(-8, 5))
 """Bandwidths tried, as multiples of Scott's rule."""

@@ -1,0 +1,72 @@
+"""A guardian's answers about the states of a dataset, asked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saferl.data.dataset import Dataset
+from saferl.nn.data_buffers import DataBuffers
+from saferl.nn.search import distinct_rows, row_keys
+from saferl.safety.guardians import Guardian
+from saferl.safety.guardians.fitting import flat
+
+MAX_TABLE = 200_000
+"""Pairs of state and action whose guardian's answers are looked up once, before training."""
+
+
+class Answers(DataBuffers):
+    """A guardian, and a table of what it says of every action in the states of a dataset.
+
+    Where there are too many pairs for a table (`MAX_TABLE`) it is asked each time. A state is found
+    by the hash of its row, and one that is not in the table is out of the data. All that is learnt
+    is in buffers.
+    """
+
+    def __init__(self, guardian: Guardian | None):
+        super().__init__()
+        self.guardian = guardian
+        self.declare("keys", "multipliers", "outside")
+
+    @torch.no_grad()
+    def fill(
+        self, dataset: Dataset, actions: int, seen: Callable[[np.ndarray], np.ndarray] = flat
+    ) -> Tensor | None:
+        """Make the table for ``actions``, their number, where the pairs are few enough.
+
+        Args:
+            seen: observations to the rows ``[N, O]`` that states will be asked for by.
+
+        Returns:
+            The raw states ``[U, O]`` of the table, None where there is none.
+        """
+        both = [flat(part) for part in (dataset.observations, dataset.next_observations)]
+        rows = torch.from_numpy(np.concatenate([seen(part) for part in both])).to(self.device)
+        keys, first, _, multipliers = distinct_rows(rows)
+        if len(keys) * actions > MAX_TABLE:
+            return None
+        states = torch.from_numpy(np.concatenate(both)).to(self.device)[first]
+        self.keys, self.multipliers = keys, multipliers
+        self.outside = self.guardian.is_ood(states[:, None], torch.arange(actions).to(keys.device))
+        return states
+
+    def _row(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the table, and whether they are those of the states."""
+        keys = row_keys(observations, self.multipliers)
+        found = torch.searchsorted(self.keys, keys).clamp_max(len(self.keys) - 1)
+        return found, self.keys[found] == keys
+
+    def ood(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """``[M, B]`` 0/1 of observations ``[M, B, O]`` and actions; 0 without a guardian.
+
+        Observations are raw, or with a table what ``seen`` made of them.
+        """
+        if self.guardian is None:
+            return observations.new_zeros(observations.shape[:2])
+        if self.outside is None:
+            return self.guardian.is_ood(observations, actions).to(observations.dtype)
+        row, known = self._row(observations)
+        return (self.outside[row, actions] | ~known).to(observations.dtype)

@@ -1,0 +1,1 @@
+"""Checks for agents, environments, dataset sources and guardians of third parties."""
