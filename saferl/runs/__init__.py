@@ -1,0 +1,1 @@
+"""Runs: the settings of one, its members, and the folder that holds it."""
