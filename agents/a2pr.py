@@ -28,7 +28,8 @@ the cloning gradient of its rows is 2 κ (p - ã) (I - ∂ã/∂p), which pulls 
 reproduces rather than to ã.
 
 Under a cost limit (``cost_limit``; our extension, not the authors'), P takes the place of Q_1 in
-every advantage and in the actor's value term; agents/shared/constraint.py has Qc, y_c, J and the multiplier ρ:
+every advantage and in the actor's value term; Qc, y_c, J and the multiplier ρ are those of
+agents/shared/constraint.py:
 
     P(s, ·) = (Q_1(s, ·) - ρ k Qc(s, ·)) / (1 + ρ),   Qc = max_e Qc_e,   k as there
     after 1.  L_Qc = Σ_e mean (Qc_e(s, a) - y_c)²                          step Qc; same a'
@@ -93,7 +94,7 @@ class A2PRConfig(CostConfig):
 
 class A2PR(CostLimited, Agent):
     Config = A2PRConfig
-    variants = frozenset(
+    per_member = frozenset(
         {"alpha", "mask", "vae_weight", "discount", "cost_limit", "cost_discount", "multiplier_lr"}
     )
 
@@ -116,7 +117,7 @@ class A2PR(CostLimited, Agent):
             self.cost_value = VEnsemble(init, o, c.value_hidden)
             self.cost_value_optimizer = self.adam(self.cost_value, lr=c.value_lr)
 
-    def pattern(self, update: int) -> bool:
+    def update_key(self, update: int) -> bool:
         """Whether actor and targets are stepped."""
         return update % self.config.policy_interval == 0
 
@@ -166,7 +167,7 @@ class A2PR(CostLimited, Agent):
             "advantageous_share": advantageous.to(v).mean(-1),
         } | cost_metrics
 
-        if self.now:
+        if self.key:
             proposed = self.actor(s)
             policy_q = self.critic(s, proposed, elements=1, frozen=True)[:, 0]
             size = policy_q.detach().abs()

@@ -33,7 +33,7 @@ from saferl.errors import SaferlError
 from saferl.safety.limits import check_limit, no_costs
 
 from .bc import BC, check_fraction
-from .shared.config import AgentConfig, per_member
+from .shared.config import AgentConfig, member_values
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class BCSafeConfig(AgentConfig):
 
 class BCSafe(BC):
     Config = BCSafeConfig
-    variants = frozenset({"cost_limit", "best_fraction"})
+    per_member = frozenset({"cost_limit", "best_fraction"})
     needs_costs: ClassVar[bool] = True
 
     @classmethod
@@ -58,9 +58,9 @@ class BCSafe(BC):
         Raises:
             SaferlError: no costs, a bad limit or fraction, or a limit that no episode keeps.
         """
-        for fraction in per_member(config, "best_fraction"):
+        for fraction in member_values(config, "best_fraction"):
             check_fraction(fraction)
-        least = min(check_limit(v, infinite=True) for v in per_member(config, "cost_limit"))
+        least = min(check_limit(v, infinite=True) for v in member_values(config, "cost_limit"))
         if dataset.costs is None:
             raise SaferlError(no_costs(dataset.card.id))
         if not len(dataset.episodes):

@@ -114,7 +114,7 @@ class BCQActor(nn.Module):
 
 class BCQLag(Limited, Agent):
     Config = BCQLagConfig
-    variants = frozenset({"cost_limit", "cost_discount", "discount"})
+    per_member = frozenset({"cost_limit", "cost_discount", "discount"})
 
     def build(self, init: MemberRandom) -> None:
         c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim

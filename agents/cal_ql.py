@@ -48,8 +48,8 @@ class CalQLConfig(OnlineConfig, CQLConfig):
 
 class CalQL(CQL):
     Config = CalQLConfig
-    acts = True
-    variants = (CQL.variants - {"discount"}) | {"exploration_budget"}
+    online = True
+    per_member = (CQL.per_member - {"discount"}) | {"exploration_budget"}
 
     @classmethod
     def batch_extras(cls, config: CalQLConfig) -> tuple[Extra, ...]:

@@ -155,7 +155,7 @@ class Switch(nn.Module):
 
 class CAPS(Agent):
     Config = CAPSConfig
-    variants = frozenset(
+    per_member = frozenset(
         {"cost_limit", "discount", "expectile", "cost_expectile", "beta", "cost_beta"}
     )
     needs_costs: ClassVar[bool] = True

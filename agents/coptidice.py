@@ -91,7 +91,7 @@ class Starts(DataBuffers):
 
 class COptiDICE(Limited, Agent):
     Config = COptiDICEConfig
-    variants = frozenset({"cost_limit", "discount", "alpha", "overestimation"})
+    per_member = frozenset({"cost_limit", "discount", "alpha", "overestimation"})
     discount_of_costs = "discount"
     shared: ClassVar[frozenset[str]] = frozenset({"starts."})  # without a member axis
 

@@ -72,7 +72,7 @@ class CPQConfig(LimitedConfig):
 
 class CPQ(Limited, Agent):
     Config = CPQConfig
-    variants = frozenset({"cost_limit", "cost_discount", "discount", "alpha", "ood_cost"})
+    per_member = frozenset({"cost_limit", "cost_discount", "discount", "alpha", "ood_cost"})
 
     def build(self, init: MemberRandom) -> None:
         c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim

@@ -79,7 +79,7 @@ class CQLConfig(AgentConfig):
 
 class CQL(Agent):
     Config = CQLConfig
-    variants = frozenset({"discount", "weight", "target_gap", "temperature"})
+    per_member = frozenset({"discount", "weight", "target_gap", "temperature"})
 
     def build(self, init: MemberRandom) -> None:
         c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim
@@ -103,7 +103,7 @@ class CQL(Agent):
         self.temperature_optimizer = self.adam(self.log_temperature, lr=c.temperature_lr)
         self.multiplier_optimizer = self.adam(self.log_multiplier, lr=c.multiplier_lr)
 
-    def pattern(self, update: int) -> bool:
+    def update_key(self, update: int) -> bool:
         """Whether the actor clones."""
         return update <= self.config.bc_steps
 
@@ -175,7 +175,7 @@ class CQL(Agent):
         temperature = torch.full_like(self.log_temperature, c.entropy_multiplier)[:, None]
         if c.automatic_entropy:
             temperature = self.log_temperature.detach().exp()[:, None] * temperature
-        if self.now:
+        if self.key:
             objective = self.actor.density(mean, log_std, batch.actions)
         else:
             objective = self.critic(batch.observations, actions, frozen=True).amin(1)

@@ -42,10 +42,10 @@ from torch import Tensor
 from saferl.nn import DiscreteQEnsemble, polyak
 from saferl.replay import Batch
 from saferl.rng import MemberRandom
+from saferl.runs.settings import parse_options
 from saferl.safety.guardians import Guardian
 from saferl.safety.guardians.fitting import fit_guardian, guardian_for, split
 
-from .ogsrl.simulate import options
 from .shared.agent import Agent, AgentConfig, Metrics
 from .shared.ood_table import Answers
 
@@ -75,7 +75,7 @@ class DiscreteCQLConfig(AgentConfig):
 class DiscreteCQL(Agent):
     Config = DiscreteCQLConfig
     discrete = True
-    variants = frozenset({"weight", "discount", "ood_value"})
+    per_member = frozenset({"weight", "discount", "ood_value"})
     shared = frozenset({"answers."})
     answers: Answers | None = None  # g; None: there is none
 
@@ -93,7 +93,7 @@ class DiscreteCQL(Agent):
         count = max(1, c.quantiles)
         self.midpoints = ((torch.arange(count) + 0.5) / count).to(self.device)
         if c.guardian != "none":
-            settings = options(c.guardian_options)
+            settings = parse_options(c.guardian_options)
             self.answers = Answers(guardian_for(c.guardian, self.spec, c.levels, **settings))
             mean = self.spec.observation_mean or (0.0,) * o
             std = self.spec.observation_std or (1.0,) * o
@@ -130,7 +130,7 @@ class DiscreteCQL(Agent):
         index = actions[:, None, :, None, None].expand(*distribution.shape[:3], 1, 1)
         return distribution.take_along_dim(index, 3).squeeze(3)
 
-    def pattern(self, update: int) -> bool:
+    def update_key(self, update: int) -> bool:
         """Whether the targets are copied, where they are not averaged."""
         return not self.config.tau and update % self.config.target_interval == 0
 
@@ -157,7 +157,7 @@ class DiscreteCQL(Agent):
         self.minimise(self.critic_optimizer, loss)
         if c.tau:
             polyak(self.critic_target, self.actor, c.tau)
-        elif self.now:
+        elif self.key:
             polyak(self.critic_target, self.actor, 1.0)
         metrics = {
             "critic_loss": bellman.detach(),

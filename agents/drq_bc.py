@@ -61,7 +61,7 @@ class DrQBCConfig(PixelConfig):
 class DrQBC(PixelAgent, Agent):
     Config = DrQBCConfig
     pixels = True
-    variants = frozenset({"alpha"})
+    per_member = frozenset({"alpha"})
 
     @classmethod
     def prepare(cls, dataset: Any, config: DrQBCConfig) -> Any:

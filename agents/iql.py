@@ -49,7 +49,7 @@ class IQLConfig(AgentConfig):
 
 class IQL(Agent):
     Config = IQLConfig
-    variants = frozenset({"expectile", "beta", "discount"})
+    per_member = frozenset({"expectile", "beta", "discount"})
 
     def build(self, init: MemberRandom) -> None:
         c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim

@@ -28,5 +28,5 @@ class IQLFinetuneConfig(OnlineConfig, IQLConfig):
 
 class IQLFinetune(IQL):
     Config = IQLFinetuneConfig
-    acts = True
-    variants = IQL.variants | {"exploration_budget"}
+    online = True
+    per_member = IQL.per_member | {"exploration_budget"}

@@ -77,7 +77,7 @@ class MOORLConfig(SACConfig):
 class MOORL(SAC):
     Config = MOORLConfig
     needs_dataset = True
-    variants = SAC.variants | {"eta", "offline_share"}
+    per_member = SAC.per_member | {"eta", "offline_share"}
 
     def build(self, init: MemberRandom) -> None:
         super().build(init)

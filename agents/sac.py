@@ -11,15 +11,16 @@ of the target (all E of them, or ``target_critics`` drawn anew for each step), a
     L_α     = -log α · mean (log π(p|s) + H̄)                               step log α
     Q̄      ← τ Q + (1 - τ) Q̄
 
-From pixels, s and s' are features of shifted images (agents/shared/pixels.py): L_Q moves their encoder,
-and the actor's step sees it after that, without a gradient.
+From pixels, s and s' are features of shifted images (agents/shared/pixels.py): L_Q moves their
+encoder, and the actor's step sees it after that, without a gradient.
 
 π and α are stepped with every critic step, or once per update, after the last, on its batch or on
 all rows of the update (``actor_steps``).
 
 κ (``cost_penalty``) is ours: a fixed price per unit of cost, 0 by default. With one κ per member,
 one run gives behaviours from fast and costly to slow and safe. Under a limit (``cost_limit``, ours)
-L_π has P = (Q - ρ k Qc) / (1 + ρ) in place of Q; agents/shared/constraint.py has Qc, k and the multiplier ρ:
+L_π has P = (Q - ρ k Qc) / (1 + ρ) in place of Q, with Qc, k and the multiplier ρ of
+agents/shared/constraint.py:
 
     L_Qc = Σ_e mean (Qc_e(s, a) - y_c)²     before L_Q, same a';  step ρ on J = mean Qc(s, p) last
 """
@@ -41,7 +42,7 @@ from saferl.rng import MemberRandom
 from saferl.safety.limits import no_costs
 
 from .shared.agent import Agent, Metrics
-from .shared.config import at_least, per_member
+from .shared.config import at_least, member_values
 from .shared.constraint import CostConfig, CostLimited
 from .shared.online import OnlineConfig
 from .shared.pixels import PixelAgent, PixelConfig
@@ -97,10 +98,10 @@ class SACConfig(CostConfig, OnlineConfig, PixelConfig):
 
 class SAC(CostLimited, PixelAgent, Agent):
     Config = SACConfig
-    acts = True
+    online = True
     needs_dataset = False
     pixels = None
-    variants = frozenset(
+    per_member = frozenset(
         {"discount", "cost_penalty", "cost_limit", "cost_discount", "multiplier_lr"}
         | {"exploration_budget"}
     )
@@ -112,7 +113,7 @@ class SAC(CostLimited, PixelAgent, Agent):
         Raises:
             SaferlError: it has no costs, and a limit or a price for them is set.
         """
-        if any(per_member(config, "cost_penalty")) and dataset.costs is None:
+        if any(member_values(config, "cost_penalty")) and dataset.costs is None:
             raise SaferlError(no_costs(dataset.card.id, "a cost_penalty"))
         return super().prepare(dataset, config)
 

@@ -42,7 +42,7 @@ class TD3BCConfig(AgentConfig):
 
 class TD3BC(Agent):
     Config = TD3BCConfig
-    variants = frozenset({"alpha", "discount", "policy_noise"})
+    per_member = frozenset({"alpha", "discount", "policy_noise"})
 
     def build(self, init: MemberRandom) -> None:
         c, o, a = self.config, self.spec.observation_dim, self.spec.action_dim
@@ -53,7 +53,7 @@ class TD3BC(Agent):
         self.actor_optimizer = self.adam(self.actor, lr=c.actor_lr)
         self.critic_optimizer = self.adam(self.critic, lr=c.critic_lr)
 
-    def pattern(self, update: int) -> bool:
+    def update_key(self, update: int) -> bool:
         """Whether actor and targets are stepped."""
         return update % self.config.policy_interval == 0
 
@@ -70,7 +70,7 @@ class TD3BC(Agent):
         self.minimise(self.critic_optimizer, critic_loss)
         metrics = {"critic_loss": critic_loss.detach(), "q": q.detach().mean((1, 2))}
 
-        if self.now:
+        if self.key:
             actions = self.actor(batch.observations)
             policy_q = self.critic(batch.observations, actions, 1, frozen=True)[:, 0]
             weight = self.scalar("alpha", 0) / policy_q.detach().abs().mean(-1)

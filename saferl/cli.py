@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+from collections.abc import Sequence
+from dataclasses import MISSING, Field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from saferl import __version__
 from saferl.errors import SaferlError
+from saferl.runs.config import RunConfig
+from saferl.runs.config import options as run_options
 
-DEFAULT_AGENT = "td3_bc"  # for --dataset: it needs no costs
-DEFAULT_STEPS = 20_000
 # The embedded default, for neither --dataset nor --env: minutes on two cores.
 EMBEDDED_DATASET = "saferl/hopper-velocity-mixed-v0"
 EMBEDDED_COST_LIMIT = 40.0  # an episode of the data costs three times as much on average
@@ -26,15 +28,16 @@ EMBEDDED_AGENT_SETTINGS = {
     "best_fraction": 0.1, "batch_size": 256, "normalize_observations": True
 }  # fmt: skip
 
-# Of `train`'s options, those that mean something beside --resume, and what is no option.
-RESUMABLE = {"steps", "device", "engine", "memory_map", "quiet"} | {"resume", "command", "run"}
-SPELLED = {"agent": "AGENT", "start_from": "--from"}
+# Options of earlier versions, accepted with a line that names the present one.
+RENAMED = {"--cost-limits": "--cost-limit", "--output": "--out"}
+LISTS = ("--cost-limit",)  # take several numbers in a row
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     try:
-        options = _parser().parse_args(arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        options = _parser().parse_args(_spelled_out(given))
         if options.command is None:
             _parser().print_help()
         else:
@@ -62,12 +65,45 @@ class _Parser(argparse.ArgumentParser):
         """One line: the usage of a command with many options would bury it."""
         raise SaferlError(f"{message}: see {self.prog} --help")
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """Nothing is left over: the command that was given names what it does not know."""
         known, rest = super().parse_known_args(args, namespace)
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return known, rest
+
+
+def _spelled_out(arguments: Sequence[str]) -> list[str]:
+    """Arguments with one value per option: ``--cost-limit 20 40 bc`` → twice the option, and bc.
+
+    An option that takes several numbers would otherwise swallow the words after them. Earlier
+    spellings are replaced, with a warning.
+    """
+    found: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name in RENAMED:
+            print(f"saferl: {name} is called {RENAMED[name]}: use that", file=sys.stderr)
+            name = RENAMED[name]
+            word = name + equals + value
+        if name not in LISTS or equals:
+            found.append(word)
+            continue
+        values = [rest.pop(0)] if rest else []
+        while values and rest and _is_number(rest[0]):
+            values.append(rest.pop(0))
+        found += [f"{name}={value}" for value in values] or [name]
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,42 +124,23 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     p = command("train", _train, "Train an agent; alone, it runs the embedded default.")
-    # None stands for the default, so that --resume can tell what was given.
-    p.add_argument("agent", nargs="?", help="see `saferl list agents` (default: "
-                   f"{EMBEDDED_AGENT} on the bundled default, else {DEFAULT_AGENT})")  # fmt: skip
-    p.add_argument(
-        "--dataset", help="id or file; the bundled default if neither it nor --env is set"
-    )
-    p.add_argument("--env", help="environment to evaluate in, and to act in for agents that do")
-    p.add_argument("--steps", type=int, help="updates per member; environment "
-                   f"steps for agents that act (default: {DEFAULT_STEPS})")  # fmt: skip
-    p.add_argument("--members", type=int, help="seeds trained side by side (default: 3)")
-    p.add_argument("--seed", type=int, help="of the first member (default: 0)")
-    p.add_argument("--cost-limit", type=float, nargs="+", default=[], help="cost per episode")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                   help="hyper-parameter; VALUE,VALUE trains members for each")  # fmt: skip
-    _dataset_options(p)
+    _run_options(p)
     p.add_argument("--out", type=Path, help="run folder (default: runs/AGENT-DATASET)")
-    p.add_argument("--from", type=Path, metavar="RUN", dest="start_from",
-                   help="begin with the networks of a run, e.g. an offline one")  # fmt: skip
     p.add_argument("--resume", type=Path, metavar="RUN", help="continue a run folder")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
-    p.add_argument("--engine", help="auto (the default), eager, compile or cuda_graph")
-    p.add_argument("--precision", help="fp32, or bf16 where the device has it (default: fp32)")
-    p.add_argument("--threads", type=int, help="CPU threads of torch (default: 1)")
-    p.add_argument("--eval-interval", type=int, help="steps; 0: at the end only (default: 5 times)")
-    p.add_argument("--eval-episodes", type=int, help="per member and evaluation (default: 10)")
-    p.add_argument("--log-interval", type=int, help="steps (default: 100 times)")
-    p.add_argument("--checkpoint-interval", type=int, help="steps (default: eval interval)")
-    p.add_argument("--keep-checkpoints", type=int, metavar="N", help="the last N (default: 2)")
     p.add_argument("--memory-map", type=Path, metavar="FILE", help="buffer in a file, not memory")
     p.add_argument("--quiet", action="store_true", help="no progress, no table")
+    p.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the resolved settings and where each comes from; train nothing",
+    )
 
     p = command("evaluate", _evaluate, "Play episodes with a run's policies and judge cost limits.")
     p.add_argument("path", type=Path, metavar="RUN")
     p.add_argument("--env", help="default: the run's")
     p.add_argument("--episodes", type=int, default=20, help="per member")
-    p.add_argument("--cost-limits", type=float, nargs="+", help="default: the run's")
+    _limit_option(p, "judge by this cost per episode instead of the run's limits")
     p.add_argument("--seed", type=int, default=20_000, help="of the first episode")
     p.add_argument("--step", type=int, help="checkpoint (default: the last)")
     p.add_argument("--guardian", default="auto", metavar="NAME",
@@ -147,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("report", _report, "Write one HTML report of one or more runs.")
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    p.add_argument("--output", type=Path, help="default: report.html in the first run")
+    p.add_argument("--out", type=Path, help="default: report.html in the first run")
 
     p = command("split", _split, "Write each member of a run as a run folder of its own.")
     p.add_argument("path", type=Path, metavar="RUN")
@@ -161,7 +178,8 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("collect", _collect, "Roll out a run's policy, or random actions, into a dataset.")
     p.add_argument("source", metavar="RUN|random")
-    p.add_argument("output", type=Path, help="file to write (.npz or .hdf5)")
+    p.add_argument("--out", type=Path, help="file to write (.npz or .hdf5)")
+    p.add_argument("output", nargs="?", type=Path, help=argparse.SUPPRESS)  # its earlier place
     p.add_argument("--env", help="default: the run's")
     p.add_argument("--steps", type=int, default=100_000, help="transitions, whole episodes")
     p.add_argument("--member", type=int, help="which member of the run acts (default: 0)")
@@ -171,6 +189,44 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of the first episode")
     _machine(p)
     return parser
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a run, from the fields of `RunConfig`.
+
+    Their defaults are None here: --resume has to tell what was given.
+    """
+    for name, spec in run_options().items():
+        flag = spec.metadata["flag"] or "--" + name.replace("_", "-")
+        text = spec.metadata["help"] + _default_in_words(name, spec)
+        if name == "agent":
+            parser.add_argument("agent", nargs="?", help=text)
+        elif name == "dataset_options":
+            _dataset_options(parser)
+        elif name == "cost_limits":
+            _limit_option(parser, text)
+        elif name == "settings":
+            parser.add_argument(flag, action="append", default=[], dest=name, help=text,
+                                metavar=spec.metadata["metavar"])  # fmt: skip
+        else:
+            kind = int if "int" in str(spec.type) else str
+            parser.add_argument(flag, type=kind, dest=name, help=text,
+                                metavar=spec.metadata["metavar"])  # fmt: skip
+
+
+def _default_in_words(name: str, spec: Field[Any]) -> str:
+    if name == "agent":
+        return f" (default: {EMBEDDED_AGENT} on the bundled default, else {spec.default})"
+    if name == "dataset":
+        return " (default: a bundled one, if --env is not set either)"
+    shown = spec.metadata["shown"] or spec.default
+    plain = shown in (None, (), MISSING)
+    return "" if plain else f" (default: {shown})"
+
+
+def _limit_option(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--cost-limit", type=float, action="append", default=[], metavar="LIMIT",
+                        dest="cost_limits", help=text)  # fmt: skip
 
 
 def _dataset_options(parser: argparse.ArgumentParser) -> None:
@@ -208,62 +264,82 @@ def _set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def _train(options) -> None:
+def _train(given: argparse.Namespace) -> None:
     from saferl.evaluation.results import RunResults
-    from saferl.runs.settings import parse_settings
     from saferl.training import resume, train
 
-    settings = parse_settings(options.set)
-    data = _loader_options(options)
-    common = {
-        "device": options.device,
-        "memory_map": options.memory_map,
-        "progress": not options.quiet,
-    }
-    chosen = {
-        name: value
-        for name in (
-            "members", "seed", "engine", "precision", "threads", "out", "start_from",
-            "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
-            "keep_checkpoints",
-        )
-        if (value := getattr(options, name)) is not None
+    place: dict[str, Any] = {
+        "device": given.device, "memory_map": given.memory_map, "progress": not given.quiet,
     }  # fmt: skip
-    if options.resume is not None:
-        refused = [
-            SPELLED.get(name) or "--" + name.replace("_", "-")
-            for name, value in vars(options).items()
-            if name not in RESUMABLE and value not in (None, [])
-        ]
-        if refused:
-            raise SaferlError(
-                f"--resume takes {', '.join(refused)} from the run's config.yaml: only --steps, "
-                "--device, --engine and --memory-map can be given; to change more start another run"
-            )
-        run = resume(options.resume, steps=options.steps, engine=options.engine, **common)
+    if given.resume is not None:
+        _refuse_beside_resume(given)
+        run = resume(given.resume, steps=given.steps, engine=given.engine, **place)
     else:
-        agent, dataset, limits = options.agent, options.dataset, options.cost_limit
-        if dataset is None and options.env is None:
-            dataset, limits = EMBEDDED_DATASET, limits or [EMBEDDED_COST_LIMIT]
-            settings = EMBEDDED_SETTINGS | settings
-            if agent is None:
-                agent, settings = EMBEDDED_AGENT, EMBEDDED_AGENT_SETTINGS | settings
-        run = train(
-            agent or DEFAULT_AGENT,
-            dataset,
-            env=options.env,
-            steps=DEFAULT_STEPS if options.steps is None else options.steps,
-            cost_limits=limits,
-            settings=settings,
-            dataset_options=data,
-            **chosen,
-            **common,
-        )
-    if not options.quiet:
+        config = _asked(given)
+        if given.print_config:
+            print(_resolved_in_words(config))
+            return
+        run = train(config, out=given.out, **place)
+    if not given.quiet:
         if run.evaluation is not None:
             print(f"\n{RunResults.read(run.path).text()}")
         print(f"\nrun folder: {run.path}")
         print(f"next: saferl evaluate {run.path} | saferl report {run.path}")
+
+
+def _asked(given: argparse.Namespace) -> RunConfig:
+    """The configuration that the options of `train` make."""
+    from saferl.runs.settings import parse_settings
+
+    values = {
+        name: value
+        for name in run_options()
+        if (value := getattr(given, name, None)) not in (None, [])
+    }
+    values["settings"] = parse_settings(given.settings)
+    values["dataset_options"] = _loader_options(given)
+    if given.dataset is None and given.env is None:
+        values["dataset"] = EMBEDDED_DATASET
+        values.setdefault("cost_limits", [EMBEDDED_COST_LIMIT])
+        values["settings"] = EMBEDDED_SETTINGS | values["settings"]
+        if given.agent is None:
+            values["agent"] = EMBEDDED_AGENT
+            values["settings"] = EMBEDDED_AGENT_SETTINGS | values["settings"]
+    return RunConfig(**values)
+
+
+def _refuse_beside_resume(given: argparse.Namespace) -> None:
+    """Raise `SaferlError` for an option that a run that goes on takes from its record."""
+    refused = []
+    for name, spec in run_options().items():
+        if not spec.metadata["resumable"] and getattr(given, name, None) not in (None, []):
+            flag = spec.metadata["flag"] or "--" + name.replace("_", "-")
+            refused.append("AGENT" if name == "agent" else flag)
+    refused += ["--dataset-option"] * bool(given.dataset_option) + ["--column"] * bool(given.column)
+    refused += ["--out"] * (given.out is not None) + ["--print-config"] * given.print_config
+    if refused:
+        raise SaferlError(
+            f"--resume takes {', '.join(refused)} from the run's config.yaml: only --steps, "
+            "--device, --engine and --memory-map can be given; to change more start another run"
+        )
+
+
+def _resolved_in_words(config: RunConfig) -> str:
+    """The record of a run as YAML, with the source of each of the agent's settings."""
+    import yaml
+
+    from saferl.training.setup import Inputs
+    from saferl.training.train import prepare
+
+    resolved, _ = prepare(config, Inputs(env=config.env))
+    record = resolved.run.to_dict()
+    settings = resolved.run.agent_settings
+    del record["settings"]
+    lines = [yaml.safe_dump(record, sort_keys=False, allow_unicode=True).rstrip(), "settings:"]
+    for key, value in settings.items():
+        text = yaml.safe_dump({key: value}, default_flow_style=True, width=10_000).strip("{}\n ")
+        lines.append(f"  {text:44} # {resolved.sources[key]}")
+    return "\n".join(lines)
 
 
 def _evaluate(options) -> None:
@@ -274,7 +350,7 @@ def _evaluate(options) -> None:
         options.path,
         env=options.env,
         episodes=options.episodes,
-        cost_limits=options.cost_limits,
+        cost_limits=options.cost_limits or None,
         seed=options.seed,
         step=options.step,
         guardian=options.guardian,
@@ -306,7 +382,7 @@ def _list(options) -> None:
                 cls = registry.agent_class(name)
                 kind = "discrete" if cls.discrete else "continuous"
                 kind += {True: ", pixels", False: "", None: ", pixels too"}[cls.pixels]
-                acts = "acts" if cls.acts else ""
+                acts = "acts" if cls.online else ""
                 doc = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
                 print(f"  {name:14} {kind:11} {acts:5} {doc}")
         elif what == "datasets":
@@ -332,7 +408,7 @@ def _print_names(names: list[str]) -> None:
 def _report(options) -> None:
     from saferl.evaluation.report import write_report
 
-    output = options.output or options.runs[0] / "report.html"
+    output = options.out or options.runs[0] / "report.html"
     print(write_report(options.runs, output))
 
 
@@ -351,6 +427,7 @@ def _merge(options) -> None:
 
 def _collect(options) -> None:
     _set_threads(options.threads)
+    out = _collect_out(options)
     from saferl.data import Dataset, save_dataset
     from saferl.evaluation import collect_transitions
     from saferl.runs.folder import RunFolder
@@ -359,13 +436,13 @@ def _collect(options) -> None:
     policy, env = None, options.env
     if options.gathered:
         dataset = gathered(options.source, options.member)
-        save_dataset(dataset, options.output)
-        print(f"wrote {options.output}: {dataset}")
+        save_dataset(dataset, out)
+        print(f"wrote {out}: {dataset}")
         return
     if options.source != "random":
         agent = load_agent(options.source, device=options.device)
         policy = agent.policy().member(options.member or 0)
-        env = env or RunFolder(options.source).config()["env"]
+        env = env or RunFolder(options.source).config().env
     if env is None:
         raise SaferlError("no environment is known: pass --env ID")
     arrays = collect_transitions(
@@ -378,12 +455,21 @@ def _collect(options) -> None:
     )
     dataset = Dataset.from_arrays(
         **arrays,
-        id=options.output.stem,
+        id=out.stem,
         env_id=env,
         origin=f"generated by saferl from {options.source} in {env}",
     )
-    save_dataset(dataset, options.output)
-    print(f"wrote {options.output}: {dataset}")
+    save_dataset(dataset, out)
+    print(f"wrote {out}: {dataset}")
+
+
+def _collect_out(options: argparse.Namespace) -> Path:
+    if options.output is not None:
+        print("saferl: the file to write is given by --out FILE: use that", file=sys.stderr)
+    out = options.out or options.output
+    if out is None:
+        raise SaferlError("name the file to write: --out FILE (.npz or .hdf5)")
+    return out
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,6 +40,29 @@ def atomic_write(path: Path, write: Callable[[Path], object], advice: str = "") 
 def write_text(path: Path, text: str, advice: str = "") -> None:
     """`atomic_write` of a text file."""
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), advice)
+
+
+Row = dict[str, str]
+
+
+def read_csv(path: Path) -> tuple[list[str], list[Row]]:
+    """Columns and rows of a CSV file with a header, every cell as text."""
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        return list(reader.fieldnames or ()), rows
+
+
+def csv_lines(
+    columns: Sequence[str], rows: Iterable[Mapping[str, object]], header: bool = False
+) -> str:
+    """Rows as the lines of a CSV file; a column that a row lacks is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def free_memory() -> int:

@@ -80,10 +80,10 @@ class _Learner(Guarded):
         if "cost" in names:
             cost = totals[:, -1]
             if len(self.models) > 1:
-                other = self._play(self.models[1 + self.now])
+                other = self._play(self.models[1 + self.key])
                 beyond = self._values(other)
                 played = self._totals(other, self._signals(other), beyond)
-                self.limits.observe(self.now, played[:, -1] - cost)
+                self.limits.observe(self.key, played[:, -1] - cost)
             metrics["predicted_cost"] = cost / self.limits.unit
             metrics["margin"] = self.limits.margin() / self.limits.unit
         step = self._ppo if self.config.optimiser == "ppo_lag" else self._trust_region

@@ -14,6 +14,7 @@ from saferl.errors import SaferlError, unknown
 from saferl.models import Model, make_model
 from saferl.nn import VEnsemble
 from saferl.rng import MemberRandom, Stream
+from saferl.runs.settings import parse_options
 from saferl.safety.guardians import FeatureMap, Guardian
 from saferl.safety.guardians.fitting import fit_guardian, flat, guardian_for, split
 from saferl.safety.limits import check_limit, convert
@@ -22,7 +23,7 @@ from saferl.safety.multipliers import Multipliers
 from ..shared.agent import Agent
 from ..shared.constraint import CostConfig, CostLimited
 from .limits import Limits, ood_budget, share_leaving
-from .simulate import MaskedActor, World, options, resample, simulate
+from .simulate import MaskedActor, World, resample, simulate
 
 OPTIMISERS = ("cpo", "trpo", "ppo_lag")
 OOD_MODES = ("constraint_absorb", "constraint", "penalty", "mask")
@@ -99,7 +100,7 @@ class Guarded(CostLimited, Agent):
     """
 
     Config = OGSRLConfig
-    variants = frozenset({"discount", "cost_limit"})
+    per_member = frozenset({"discount", "cost_limit"})
     shared = frozenset({"world.", "replay."})
 
     # What a kind of actions provides; a distribution is a tuple of tensors [M, B, …].
@@ -145,7 +146,7 @@ class Guarded(CostLimited, Agent):
             )
         guardian = None
         if guarded:
-            guardian = guardian_for(c.guardian, spec, c.levels, **options(c.guardian_options))
+            guardian = guardian_for(c.guardian, spec, c.levels, **parse_options(c.guardian_options))
         self.world = World(guardian)
         actor = self._make_actor(init)
         self.mask = spec.action_dim if guarded and c.ood_mode == "mask" else 0
@@ -200,7 +201,7 @@ class Guarded(CostLimited, Agent):
         return any(limit < np.inf for limit in self.column("cost_limit"))
 
     def _make_model(self, init: MemberRandom, costs: int) -> Model:
-        c, settings = self.config, options(self.config.model_options)
+        c, settings = self.config, parse_options(self.config.model_options)
         if self.discrete and c.levels and c.model != "ensemble":
             settings = {"features": FeatureMap(n_actions=c.levels)} | settings
         return make_model(c.model, init, self.spec, costs=costs, **settings)
@@ -328,7 +329,7 @@ class Guarded(CostLimited, Agent):
         costs = played.costs.sum((-1, -2)) if self.models[0].costs else None
         return played.rewards.sum(-1), costs
 
-    def pattern(self, update: int) -> Hashable:
+    def update_key(self, update: int) -> Hashable:
         """Which resampled model this update compares with."""
         count = self.config.margin_models if self.limited else 0
         return update % count if count else None

@@ -22,7 +22,6 @@ from saferl.nn.data_buffers import DataBuffers
 from saferl.nn.policies import sample_categorical
 from saferl.nn.search import distinct_rows, row_keys
 from saferl.rng import MemberRandom
-from saferl.runs.settings import parse_settings
 from saferl.safety.guardians import Guardian
 from saferl.safety.guardians.fitting import flat
 from saferl.spec import Spec
@@ -33,13 +32,6 @@ MAX_STARTS = 50_000
 """Logged states kept to start from."""
 REFUSED = -1e9
 """Logit of an action that is masked: no probability, and no infinities in gradients."""
-
-
-def options(text: str) -> dict[str, Any]:
-    """``"bandwidth=0.15 scaling=minmax neighbours=none"`` as keyword arguments."""
-    found = parse_settings(text.split())
-    found = {k: None if v == "none" else v for k, v in found.items()}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
 
 
 def resample(dataset: Dataset, seed: int) -> Dataset:

@@ -3,7 +3,7 @@
 An agent is a class with a frozen `Config`, a `build` that makes networks and optimisers for M
 members, a `learn(batch)` that is pure tensor arithmetic (no reads to the host, no logging), and an
 `actor` that becomes the exported policy. What an update does besides what every update does depends
-on its number through `pattern` alone, so that engines can compile or record it.
+on its number through `update_key` alone, so that engines can compile or record it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -25,18 +26,19 @@ from saferl.rng import MemberRandom, Stream
 from saferl.safety.limits import no_costs
 from saferl.spec import Spec
 
-from .config import AgentConfig, check, convert, per_member
+from .config import AgentConfig, check, convert, member_values
 
 Metrics = dict[str, Tensor]  # name → [M], on the device
+ConfigT = TypeVar("ConfigT", bound=AgentConfig)
 
 
-class Agent:
+class Agent(Generic[ConfigT]):
     """M members of one method, trained as one batch.
 
     Args:
         spec: sizes and units of the task.
-        config: an instance of the class's `Config`. A field named in `variants` may hold one value
-            per member.
+        config: an instance of the class's `Config`. A field named in `per_member` may hold one
+            value per member.
         members: seeds, one per member, or a count n for the seeds 0 … n-1.
         device: where everything lives.
         precision: of the products of networks in `update`, "fp32" or "bf16"; weights, losses and
@@ -48,28 +50,32 @@ class Agent:
             number of members; an unknown precision.
     """
 
-    Config: ClassVar[type[AgentConfig]] = AgentConfig
+    Config: ClassVar[type[Any]] = AgentConfig
     discrete: ClassVar[bool] = False  # the action space the method is for
-    variants: ClassVar[frozenset[str]] = frozenset()  # fields that may differ between members
+    per_member: ClassVar[frozenset[str]] = frozenset()  # fields that may differ between members
     pixels: ClassVar[bool | None] = False  # whether it learns from pixels; None: vectors as well
     needs_costs: ClassVar[bool] = False  # whether it cannot learn from data without costs
     needs_dataset: ClassVar[bool] = True  # whether an environment alone is not enough
     pretrained: ClassVar[bool] = False  # whether it is meant to begin with another run's networks
-    acts: ClassVar[bool] = False  # in an environment while it learns; Config is a OnlineConfig
+    online: ClassVar[bool] = False  # acts while it learns; its Config is an OnlineConfig
     # Prefixes of state keys whose tensors all members share; every other has the member axis first.
     shared: ClassVar[frozenset[str]] = frozenset()
+    # Earlier names of settings, and of parts of the state, to the present ones.
+    renamed_settings: ClassVar[dict[str, str]] = {}
+    renamed_state: ClassVar[dict[str, str]] = {}
     actor: nn.Module
     guardian: Any = None  # the calibrated guardian that it learns under, if any
 
     def __init__(
         self,
         spec: Spec,
-        config: AgentConfig,
+        config: ConfigT,
         members: int | Sequence[int] = 1,
         device: torch.device | str = "cpu",
         precision: str = "fp32",
     ):
-        self.spec, self.config = spec, config
+        self.spec = spec
+        self.config: ConfigT = config
         if precision not in PRECISIONS:
             raise unknown("precision", precision, PRECISIONS)
         self.precision = precision
@@ -96,7 +102,7 @@ class Agent:
                     f"{field.name} has {len(value)} values for {self.members} members"
                 )
         self.updates = 0
-        self.now = self.pattern(0)
+        self.key = self.update_key(0)
         self.random = MemberRandom(self.seeds, self.device, Stream.UPDATE)
         self.build(MemberRandom(self.seeds, "cpu", Stream.INIT))
         for module in vars(self).values():
@@ -104,18 +110,32 @@ class Agent:
                 module.to(self.device)
 
     @classmethod
-    def make_config(cls, values: dict[str, Any]) -> AgentConfig:
+    def rename_settings(cls, values: Mapping[str, Any], warn: bool = True) -> dict[str, Any]:
+        """Settings under their present names; an earlier name is accepted with a warning."""
+        found = {}
+        for key, value in values.items():
+            if new := cls.renamed_settings.get(key):
+                if warn:
+                    line = f"{key} of {cls.__name__} is called {new}: use that name"
+                    warnings.warn(line, FutureWarning, stacklevel=3)
+                key = new
+            found[key] = value
+        return found
+
+    @classmethod
+    def make_config(cls, values: Mapping[str, Any]) -> Any:
         """The frozen config from plain values (YAML, the command line), checked field by field.
 
         Raises:
             SaferlError: an unknown key (naming the nearest), or a value of the wrong type.
         """
         fields = {field.name: field for field in dataclasses.fields(cls.Config)}
+        values = cls.rename_settings(values)
         for key in values:
             if key not in fields:
                 raise unknown("config key", key, fields)
         config = cls.Config(**{k: convert(k, v, fields[k].default) for k, v in values.items()})
-        check(config, cls.variants)
+        check(config, cls.per_member)
         return config
 
     # What a method provides.
@@ -147,10 +167,10 @@ class Agent:
     def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
         """What is learned once from the whole `Dataset` before the first update (not on resume)."""
 
-    def pattern(self, update: int) -> Hashable:
-        """What sets update number ``update`` (from 1) apart; `learn` finds it in ``self.now``.
+    def update_key(self, update: int) -> Hashable:
+        """Key of the control flow of update number ``update`` (from 1), found in ``self.key``.
 
-        Updates of equal pattern run the same operations.
+        Updates of equal key run the same operations, so that engines record each kind once.
         """
         return None
 
@@ -182,9 +202,9 @@ class Agent:
     # What they share.
 
     def update(self, batch: Batch, learn: Callable[[Batch], Metrics] | None = None) -> Metrics:
-        """`learn` (or what an engine puts in its place) in the agent's precision, counted."""
+        """Run one update in the agent's precision: `learn`, or a compiled one in its place."""
         self.updates += 1
-        self.now = self.pattern(self.updates)
+        self.key = self.update_key(self.updates)
         with compute_in(PRECISIONS[self.precision]):
             return (learn or self.learn)(batch)
 
@@ -205,7 +225,7 @@ class Agent:
 
     def column(self, name: str) -> list[float]:
         """A hyper-parameter of every member."""
-        return per_member(self.config, name, self.members)
+        return member_values(self.config, name, self.members)
 
     @staticmethod
     def target_of(network: nn.Module) -> nn.Module:

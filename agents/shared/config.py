@@ -22,7 +22,7 @@ class AgentConfig:
     reward_shift: float = 0.0  # changes what is optimal where episodes can terminate
 
 
-def per_member(config: AgentConfig, name: str, members: int = 1) -> list[float]:
+def member_values(config: AgentConfig, name: str, members: int = 1) -> list[float]:
     """The values of a hyper-parameter, that of every member where it does not vary."""
     value = getattr(config, name)
     return list(value) if isinstance(value, tuple) else [value] * members
@@ -30,7 +30,7 @@ def per_member(config: AgentConfig, name: str, members: int = 1) -> list[float]:
 
 def at_least(config: Any, name: str, least: float) -> None:
     """Raise `SaferlError` where a number is smaller."""
-    for value in per_member(config, name):
+    for value in member_values(config, name):
         if value < least:
             raise SaferlError(f"{name} must be {least:g} or more, got {value:g}")
 
@@ -38,7 +38,7 @@ def at_least(config: Any, name: str, least: float) -> None:
 def between(config: Any, name: str, low: float, high: float, above: bool = False) -> None:
     """Raise `SaferlError` where a number is outside [low, high], or (low, high] with ``above``."""
     lower = f"above {low:g} and" if above else f"{low:g} or more and"
-    for value in per_member(config, name):
+    for value in member_values(config, name):
         if not low <= value <= high or (above and value == low):
             raise SaferlError(f"{name} must be {lower} at most {high:g}, got {value:g}")
 
@@ -46,10 +46,10 @@ def between(config: Any, name: str, low: float, high: float, above: bool = False
 def check(config: AgentConfig, variants: frozenset[str]) -> None:
     """Raise `SaferlError` where a value cannot be meant, whichever agent it is for.
 
-    ``variants``: names of the fields that may differ between members.
+    ``per_member``: names of the fields that may differ between members.
     """
     for field in dataclasses.fields(config):
-        name, found = field.name, per_member(config, field.name)
+        name, found = field.name, member_values(config, field.name)
         if isinstance(field.default, tuple):  # layers and the like
             if any(size < 1 for size in found):
                 raise SaferlError(f"{name} takes numbers of 1 or more, got {found}")

@@ -40,7 +40,7 @@ from saferl.safety.limits import check_limit, convert, no_costs, relative_excess
 from saferl.safety.multipliers import Multipliers
 
 from .agent import Agent
-from .config import AgentConfig, per_member
+from .config import AgentConfig, member_values
 
 Weights = tuple[Tensor, Tensor]  # of Q and of Qc in P, each [M, 1]
 
@@ -113,7 +113,7 @@ class Constraint(nn.Module):
         super().__init__()
 
         def column(name: str) -> list[float]:
-            return per_member(config, name, members)
+            return member_values(config, name, members)
 
         limits = [check_limit(limit, infinite=True) for limit in column("cost_limit")]
         for discount in column("cost_discount"):
@@ -246,5 +246,5 @@ def costs_of(batch: Batch) -> Tensor:
 
 def _limits(config: CostConfig) -> list[float]:
     """The finite limits of the members, checked."""
-    checked = [check_limit(v, infinite=True) for v in per_member(config, "cost_limit")]
+    checked = [check_limit(v, infinite=True) for v in member_values(config, "cost_limit")]
     return [limit for limit in checked if limit < math.inf]

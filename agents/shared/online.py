@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from saferl.errors import SaferlError, unknown
 
-from .config import AgentConfig, at_least, between, per_member
+from .config import AgentConfig, at_least, between, member_values
 
 SAMPLING = ("mixed", "block", "alternate")
 SHARES = ("constant", "annealed", "proportional")
@@ -48,7 +48,7 @@ class OnlineConfig(AgentConfig):
         between(self, "final_share", 0, 1)
         if not 0 <= self.utd < math.inf:
             raise SaferlError(f"utd is above 0, or 0 for one update per step, got {self.utd:g}")
-        for budget in per_member(self, "exploration_budget"):
+        for budget in member_values(self, "exploration_budget"):
             if not budget >= 0:
                 raise SaferlError(
                     "exploration_budget is a cost of 0 or more per member (inf for none), got "

@@ -8,10 +8,7 @@ Limits and costs are in user units: expected undiscounted cost per episode.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,8 +27,9 @@ from saferl.evaluation.statistics import (
     share_over,
 )
 from saferl.evaluation.text import tables
-from saferl.io import write_text
+from saferl.io import csv_lines, read_csv, write_text
 from saferl.rollout import Env, Episodes, rollout
+from saferl.runs.config import Group
 from saferl.safety.limits import check_limit
 
 COLUMNS = ("step", "member", "episode", "return", "cost", "length")
@@ -132,7 +130,7 @@ class Evaluation:
         return self._pick(self.steps <= step)
 
     def split(self, groups: Sequence[str]) -> dict[str, Evaluation]:
-        """One evaluation per group of members; ``groups`` names the group of member 0, 1, …"""
+        """One evaluation per group of members; ``groups`` labels that of member 0, 1, …"""
         if len(self) and len(groups) <= self.members.max():
             raise SaferlError(f"{len(groups)} group names for {self.members.max() + 1} members")
         of_row = np.asarray(groups, object)[self.members]
@@ -163,19 +161,16 @@ class Evaluation:
             ["" if np.isnan(count) else int(count) for count in getattr(self, name)]
             for name in counted
         )
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*COLUMNS, *counted])
+        columns = [*COLUMNS, *counted]
         rows = zip(self.steps, self.members, self.episodes, returns, costs, self.lengths, *counts)
-        writer.writerows(rows)
-        write_text(Path(path), text.getvalue())
+        lines = (dict(zip(columns, row)) for row in rows)
+        write_text(Path(path), csv_lines(columns, lines, header=True))
 
     @classmethod
     def read(cls, path: str | Path) -> Evaluation:
         """The inverse of `write`; raises `SaferlError` for a file that is not such a CSV."""
         try:
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+            rows = read_csv(Path(path))[1]
             columns = {name: [row[name] for row in rows] for name in COLUMNS}
             without = [cost == "" for cost in columns["cost"]]
             if not rows or (any(without) and not all(without)):
@@ -203,37 +198,46 @@ class Evaluation:
         self,
         limits: Sequence[float] = (),
         reference_returns: tuple[float, float] | None = None,
-        groups: Sequence[str] | None = None,
+        groups: Sequence[str | Group] | None = None,
         resamples: int = RESAMPLES,
         beside: Mapping[str, Sequence[float]] | None = None,
     ) -> list[dict[str, Any]]:
         """Statistics at the last step: per group of members and per member, one dict per limit.
 
-        ``groups``: a name per member (variants of a hyper-parameter); all members are one group
-        when None; one that was trained for a ``cost_limit`` is judged by it and not by ``limits``.
+        ``groups``: that of each member, a label or a `Group`; all members are one when None. A
+        group that was trained for a cost limit is judged by it and not by ``limits``.
         ``reference_returns``: returns of score 0 (random) and 100 (expert). ``beside``: values
         known of each member from elsewhere, such as ``predicted_return`` or ``exact_cost``, whose
         means over the members become keys. Without limits there is one dict per group and member,
         its ``limit`` None.
 
-        Keys: ``group``; ``member`` (None for the group as a whole); ``members``, ``episodes``
-        (counts); ``limit``; ``return_mean``; ``return_iqm`` with its interval ``return_low``,
-        ``return_high``; ``score`` of the mean return, as D4RL defines it; ``cost_mean`` (estimate
-        of the expected cost) with ``cost_low``, ``cost_high``; ``cost_ratio`` = mean / limit;
-        ``share_over`` the limit; ``cvar`` of the cost; ``members_within`` the limit by their own
-        mean; ``length`` (mean); ``cost_per_step`` = total cost / total steps; ``ood_rate`` and
-        ``replaced_rate``, shares of all steps; ``verdict``. What does not apply is None.
+        Keys: ``group``, ``family`` (see `Group`); ``member`` (None for the group as a whole);
+        ``members``, ``episodes`` (counts); ``limit``; ``return_mean``; ``return_iqm`` with its
+        interval ``return_low``, ``return_high``; ``score`` of the mean return, as D4RL defines it;
+        ``cost_mean`` (estimate of the expected cost) with ``cost_low``, ``cost_high``;
+        ``cost_ratio`` = mean / limit; ``share_over`` the limit; ``cvar`` of the cost;
+        ``members_within`` the limit by their own mean; ``length`` (mean); ``cost_per_step`` = total
+        cost / total steps; ``ood_rate`` and ``replaced_rate``, shares of all steps; ``verdict``.
+        What does not apply is None.
         """
         limits = [check_limit(limit) for limit in limits]
         if limits and self.costs is None:
             raise SaferlError(NO_COST)
         last = self.at()
-        named = groups or [""] * (int(last.members.max()) + 1)
+        listed = groups or [""] * (int(last.members.max()) + 1)
+        known = {
+            group.label: group
+            for group in (g if isinstance(g, Group) else Group(g, family=g) for g in listed)
+        }
+        labels = [group.label if isinstance(group, Group) else group for group in listed]
         rows = []
-        for name, part in last.split(named).items():
+        for label, part in last.split(labels).items():
             if not len(part):
                 continue
-            own = [] if self.costs is None else own_limit(name)
+            group = known[label]
+            judged = limits or [None]
+            if self.costs is not None and group.cost_limit is not None:
+                judged = [group.cost_limit]
             picked = [(None, part)]
             picked += [(int(m), part._pick(part.members == m)) for m in np.unique(part.members)]
             for member, rows_of in picked:
@@ -241,8 +245,8 @@ class Evaluation:
                 who = np.unique(rows_of.members)
                 for key, values in (beside or {}).items():
                     summary[key] = float(np.mean([values[m] for m in who]))
-                head = {"group": name, "member": member}
-                for limit in own or limits or [None]:
+                head = {"group": label, "family": group.family, "member": member}
+                for limit in judged:
                     rows.append(head | summary | rows_of._against(limit, summary))
         return rows
 
@@ -301,7 +305,7 @@ class Evaluation:
         self,
         limits: Sequence[float] = (),
         reference_returns: tuple[float, float] | None = None,
-        groups: Sequence[str] | None = None,
+        groups: Sequence[str | Group] | None = None,
         note: str | None = None,
     ) -> str:
         """The rows of `table` for a terminal; see `saferl.evaluation.text.tables`."""
@@ -312,9 +316,3 @@ NO_COST = (
     "the environment reports no cost, so no cost limit can be judged: wrap it in "
     "saferl.envs.CostWrapper (and give the data the same cost with Dataset.with_costs)"
 )
-
-
-def own_limit(group: str) -> list[float]:
-    """The cost limit in the name of a member or group, ``"alpha=1 cost_limit=20"``, in a list."""
-    found = re.search(r"\bcost_limit=(\S+)", group)
-    return [float(found[1])] if found and math.isfinite(float(found[1])) else []

@@ -7,7 +7,6 @@ Each function returns a matplotlib ``Figure`` (no pyplot, no global state, no di
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,8 +20,6 @@ from saferl.evaluation.text import number
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LIMIT_COLOUR = "#B00020"
 MOST_METRICS = 24
-LIMIT_NAME = re.compile(r"(cost_limit=|limit )\S+")
-"""In the name of a group: what tells it from others that keep other limits."""
 
 Series = Evaluation | Mapping[str, Evaluation]
 
@@ -164,8 +161,8 @@ def frontier(
         axis.plot(*np.transpose(best), color="black", linewidth=1.4, label="best possible (exact)")
     points = {row["group"]: row for row in rows}  # the same for each limit it is judged by
     families: dict[str, list[Mapping[str, Any]]] = {}
-    for group, row in points.items():
-        families.setdefault(LIMIT_NAME.sub("", group).strip(" ,") or "policies", []).append(row)
+    for row in points.values():
+        families.setdefault(row.get("family") or "policies", []).append(row)
     exact = False
     for i, (name, family) in enumerate(families.items()):
         colour = COLOURS[i % len(COLOURS)]

@@ -101,7 +101,7 @@ def _comparison(runs: Sequence[RunResults]) -> list[str]:
     limits = list(dict.fromkeys(limit for run in evaluated for limit in run.limits))
     if any(run.evaluation.costs is not None for run in evaluated):
         best = next((run.frontier for run in evaluated if run.frontier), [])
-        same = len({str(run.config.get("env")) for run in evaluated}) == 1
+        same = len({str(run.config.env) for run in evaluated}) == 1
         parts += _frontier([row for row in rows if row["cost_mean"] is not None], limits,
                            best if same else [])  # fmt: skip
         figure = plots.return_against_cost(series, limits)
@@ -111,7 +111,7 @@ def _comparison(runs: Sequence[RunResults]) -> list[str]:
 
 
 def _section(run: RunResults) -> list[str]:
-    agent, task = run.config.get("agent"), run.config.get("dataset") or run.config.get("env")
+    agent, task = run.config.agent, run.config.dataset or run.config.env
     heading = " on ".join(str(part) for part in (agent, task) if part) or "run"
     parts = [f"<h2>{escape(run.name)}: {escape(heading)}</h2>", "<h3>Result</h3>"]
     if run.evaluation is None:
@@ -135,17 +135,17 @@ def _section(run: RunResults) -> list[str]:
         parts.append(_pairs(run.card.to_dict() | {"fingerprint (SHA-256)": run.fingerprint}))
     else:
         parts.append(_missing("The run was trained without a dataset."))
-    settings = {key: value for key, value in run.config.items() if key != "agent_config"}
-    parts += ["<h3>Configuration</h3>", _pairs(settings)]
-    if run.config.get("agent_config"):
-        parts.append("<details><summary>Hyper-parameters of the agent</summary>")
-        parts.append(_pairs(run.config["agent_config"]) + "</details>")
+    record = run.config.to_dict() | {"members": run.config.names}
+    settings = record.pop("settings")
+    parts += ["<h3>Configuration</h3>", _pairs(record)]
+    parts.append("<details><summary>Hyper-parameters that all members share</summary>")
+    parts.append(_pairs(settings) + "</details>")
     return parts
 
 
 def _result(run: RunResults, evaluation: Evaluation) -> list[str]:
     last, parts = evaluation.at(), []
-    env = run.config.get("env") or (run.card and run.card.env_id) or "its environment"
+    env = run.config.env or (run.card and run.card.env_id) or "its environment"
     parts.append(
         f"<p>At training step {last.steps[0]}, in {escape(str(env))}: "
         f"{len(np.unique(last.members))} member(s), {len(last)} episodes in all.</p>"

@@ -5,7 +5,6 @@ Only files are read, so it can be done at any time, also while a run goes on.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,8 +17,11 @@ import numpy as np
 from saferl.data import Card
 from saferl.errors import SaferlError
 from saferl.evaluation.evaluate import Evaluation
-from saferl.evaluation.text import group_names, number, tables
+from saferl.evaluation.text import number, tables
 from saferl.io import write_text
+from saferl.runs.config import Group, RunConfig, groups_of
+from saferl.runs.folder import RunFolder
+from saferl.runs.metrics import read_metrics
 from saferl.safety.limits import check_limit
 
 Values = dict[str, list[float]]
@@ -85,7 +87,7 @@ class RunResults:
     """
 
     name: str
-    config: dict[str, Any]
+    config: RunConfig
     card: Card | None
     fingerprint: str | None
     evaluation: Evaluation | None
@@ -101,18 +103,17 @@ class RunResults:
         ``limits`` replace those that it was evaluated with, and these those of its configuration.
         """
         path = Path(path)
-        config = _config(path)
+        config = RunFolder(path).config()
         card, fingerprint = _card(path / "dataset.json")
         evaluated, logged = path / "evaluation.csv", path / "metrics.csv"
         evaluation = Evaluation.read(evaluated) if evaluated.is_file() else None
         known = Known.read(path)
         if known and (evaluation is None or known.step != evaluation.at().steps[0]):
             known = None  # it was trained since
-        asked = config.get("cost_limits")
+        asked: Sequence[float] = config.cost_limits
         if known and known.limits is not None:
             asked = known.limits
         asked = asked if limits is None else limits
-        asked = asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]
         return cls(
             path.resolve().name,
             config,
@@ -130,12 +131,12 @@ class RunResults:
         return self.card.reference_returns if self.card else None
 
     @property
-    def groups(self) -> list[str] | None:
-        """A name per member where a hyper-parameter differs between them, else None."""
-        names = [str(name) for name in self.config.get("members") or ()]
-        if self.evaluation is None or len(names) <= self.evaluation.members.max():
+    def groups(self) -> list[Group] | None:
+        """The group of each member where a setting differs between them, else None."""
+        members = self.config.who
+        if self.evaluation is None or len(members) <= self.evaluation.members.max():
             return None
-        return group_names(names)
+        return groups_of(members)
 
     @property
     def note(self) -> str:
@@ -155,7 +156,9 @@ class RunResults:
     def split(self) -> dict[str, Evaluation]:
         """The evaluations of the policies as they are, by group."""
         assert self.evaluation is not None
-        return self.evaluation.split(self.groups) if self.groups else {"": self.evaluation}
+        if not self.groups:
+            return {"": self.evaluation}
+        return self.evaluation.split([group.label for group in self.groups])
 
     @cached_property
     def table(self) -> list[dict[str, Any]]:
@@ -171,7 +174,9 @@ class RunResults:
         for guard, evaluation in zip(self.known.guards, self.guarded):
             kept = limits if guard.limit is None else [guard.limit]
             for row in evaluation.table(kept, *of_all, beside=guard.values):
-                rows.append(row | {"group": ", ".join(filter(None, [row["group"], guard.name]))})
+                label = ", ".join(filter(None, [row["group"], guard.name]))
+                family = ", ".join(filter(None, [row["family"], "guarded"]))
+                rows.append(row | {"group": label, "family": family})
         return rows
 
     def text(self) -> str:
@@ -180,21 +185,6 @@ class RunResults:
         if self.known and self.known.guardian:
             notes.append(f"guardian: {self.known.guardian}")
         return tables(self.table, "\n  ".join(notes))
-
-
-def _config(path: Path) -> dict[str, Any]:
-    import yaml
-
-    file = path / "config.yaml"
-    if not file.is_file():
-        raise SaferlError(f"{path} is not a run folder: it has no config.yaml")
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SaferlError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise SaferlError(f"{file} holds no configuration")
-    return config
 
 
 def _card(file: Path) -> tuple[Card | None, str | None]:
@@ -207,23 +197,3 @@ def _card(file: Path) -> tuple[Card | None, str | None]:
         return Card.from_dict(values["card"]), values.get("fingerprint")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise SaferlError(f"{file} is not a dataset card: {error}") from error
-
-
-def read_metrics(path: str | Path) -> dict[str, np.ndarray]:
-    """Columns of metrics.csv as float arrays; a cell without a number is NaN.
-
-    Rows cut off by a crash (fewer cells than the heading) count as far as they go.
-    """
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows, names = list(reader), reader.fieldnames or []
-    if not {"step", "member"} <= set(names):
-        raise SaferlError(f"{path} is not a metrics file: it has no columns step and member")
-    return {name: np.array([_float(row[name]) for row in rows]) for name in names}
-
-
-def _float(cell: str | None) -> float:
-    try:
-        return float(cell or "nan")
-    except ValueError:
-        return float("nan")

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from saferl.evaluation.statistics import CONFIDENCE, CVAR_LEVEL, FEWEST_EPISODES
-
-
-def group_names(names: Sequence[str]) -> list[str] | None:
-    """Groups of members named like ``"alpha=1 seed=0"``: what is left without the seed.
-
-    None where nothing is left, that is, where the members differ by their seeds only.
-    """
-    groups = [re.sub(r"\s*\bseed=\S+", "", name).strip() for name in names]
-    return groups if len(set(groups)) > 1 else None
 
 
 def tables(rows: Sequence[dict[str, Any]], note: str | None = None) -> str:

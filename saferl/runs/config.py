@@ -183,9 +183,7 @@ class RunConfig:
     def agent_settings(self) -> Values:
         """Settings of the agent: fields that the run varies hold a list, one value per member."""
         varied = self.who[0].values
-        return self.settings | {
-            key: [member.values[key] for member in self.who] for key in varied
-        }
+        return self.settings | {key: [member.values[key] for member in self.who] for key in varied}
 
     @property
     def intervals(self) -> dict[str, int]:
@@ -235,9 +233,7 @@ def options(kind: type = RunConfig) -> dict[str, dataclasses.Field[Any]]:
 def _check(name: str, number: float, low: float) -> None:
     if name == "cost_limits":
         if not 0 <= number < math.inf:
-            raise SaferlError(
-                f"a cost limit is a number of 0 or more per episode, got {number!r}"
-            )
+            raise SaferlError(f"a cost limit is a number of 0 or more per episode, got {number!r}")
     elif number < low:
         unit = " steps" if name.endswith("_interval") else ""
         raise SaferlError(f"{name} must be {low} or more{unit}, got {number}")

@@ -6,22 +6,21 @@ previous one whole; a checkpoint is a single safetensors file whose header carri
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from torch import Tensor
 
-from saferl.errors import SaferlError
+from saferl.errors import SaferlError, one_line
 from saferl.io import atomic_write, write_text
+from saferl.registry import agent_class
+from saferl.runs.config import RunConfig
+from saferl.runs.upgrade import upgrade, upgrade_state
 
 ADVICE = "earlier files are intact: free space, then continue with `saferl train --resume RUN`"
-OBJECT = "a Python object"  # stands in config.yaml for a Dataset or environment that has no name
 
 
 class RunFolder:
@@ -44,7 +43,7 @@ class RunFolder:
             )
 
     @classmethod
-    def create(cls, path: str | Path, config: dict[str, Any], card: dict[str, Any]) -> RunFolder:
+    def create(cls, path: str | Path, config: RunConfig, card: dict[str, Any]) -> RunFolder:
         """A folder for a run that has not started; refuses one that holds a run already."""
         run = cls(path)
         run.check_vacant()
@@ -56,15 +55,28 @@ class RunFolder:
         run.write_config(config)
         return run
 
-    def write_config(self, config: dict[str, Any]) -> None:
-        write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    def write_config(self, config: RunConfig) -> None:
+        text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+        write_text(self.path / "config.yaml", text)
 
-    def config(self) -> dict[str, Any]:
-        """The fully resolved configuration."""
+    def config(self) -> RunConfig:
+        """The record of the run, as this version or an earlier one wrote it."""
         file = self.path / "config.yaml"
         if not file.is_file():
             raise SaferlError(f"{self.path} is not a run folder: it has no config.yaml")
-        return yaml.safe_load(file.read_text())
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            line = " ".join(str(error).split())
+            raise SaferlError(f"{file} is not valid YAML: {line}") from error
+        if not isinstance(values, dict):
+            raise SaferlError(f"{file} holds no configuration")
+        try:
+            return RunConfig.from_dict(upgrade(values))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise SaferlError(
+                f"{file} is not the record of a run ({one_line(error)}): restore the file"
+            ) from error
 
     def card(self) -> dict[str, Any]:
         """The dataset's card and fingerprint (empty for online runs)."""
@@ -119,67 +131,29 @@ class RunFolder:
             try:
                 with safe_open(self._checkpoint(candidate), "pt") as file:
                     header = json.loads(file.metadata()["saferl"])
-                    return {key: file.get_tensor(key) for key in file.keys()}, header
+                    state = {key: file.get_tensor(key) for key in file.keys()}
             except Exception as error:  # truncated or damaged: fall back to the one before
                 broken = error
+                continue
+            cls = agent_class(header["agent"])
+            settings = cls.rename_settings(header["config"], warn=False)
+            for key in self.config().who[0].values:  # one member's, in the format before
+                if not isinstance(settings[key], list):
+                    settings[key] = [settings[key]]
+            header["config"] = settings
+            return upgrade_state(cls, state), header
         raise SaferlError(f"no checkpoint in {self.path} can be read: {broken}")
 
 
-class MetricsLog:
-    """metrics.csv (one row per member and read) and TensorBoard events.
-
-    The file's header grows when a metric appears for the first time.
-    """
-
-    def __init__(self, run: RunFolder, members: tuple[str, ...], resume_step: int | None = None):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = run.path / "metrics.csv"
-        self.members = members
-        self.columns = ["step", "member"]
-        if resume_step is not None:
-            drop_rows_after(self.path, resume_step)
-            if self.path.exists():
-                with self.path.open(newline="") as file:
-                    self.columns = next(csv.reader(file), self.columns)
-        purge = None if resume_step is None else resume_step + 1
-        self.events = SummaryWriter(str(run.path), purge_step=purge)
-
-    def write(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        """Append metrics ``name → [M]`` at a step."""
-        names = [name for name in metrics if name not in self.columns]
-        if names:
-            self.columns += names
-            rows = []
-            if self.path.exists():
-                with self.path.open(newline="") as file:
-                    rows = list(csv.DictReader(file))
-            text = io.StringIO()
-            writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(self.path, text.getvalue(), ADVICE)
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
-            for member in range(len(self.members)):
-                values = {name: f"{value[member]:.8g}" for name, value in metrics.items()}
-                writer.writerow({"step": step, "member": member} | values)
-        for name, value in metrics.items():
-            for member in range(len(self.members)):
-                self.events.add_scalar(f"{name}/member{member}", value[member], step)
-
-    def close(self) -> None:
-        self.events.close()
-
-
-def drop_rows_after(path: Path, step: int) -> None:
-    """Remove rows of a CSV file whose first column exceeds ``step`` (a crash left them behind)."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    # A row without its line end was cut off by the crash.
-    kept = lines[:1] + [
-        line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= step
-    ]
-    if kept != lines:
-        write_text(path, "".join(kept))
+def check_record(folder: RunFolder, config: RunConfig, header: dict[str, Any]) -> None:
+    """Raises `SaferlError` where config.yaml is not the one that a checkpoint was written with."""
+    for key, recorded, what in (
+        ("config", config.agent_settings, "settings"),
+        ("agent", config.agent, "agent"),
+        ("seeds", config.seeds, "seeds"),
+    ):
+        if header[key] != recorded:
+            raise SaferlError(
+                f"the checkpoints of {folder.path} were written with another {what} than its "
+                "config.yaml has now: restore the file or start another run"
+            )

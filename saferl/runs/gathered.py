@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from saferl.replay import RowLayout, online_buffer_class
 from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
-from saferl.registry import agent_class
-from saferl.spec import Spec
 from saferl.io import part
-from saferl.runs.folder import OBJECT, RunFolder
+from saferl.registry import agent_class
+from saferl.replay import RowLayout, online_buffer_class
+from saferl.runs.config import OBJECT
+from saferl.runs.folder import RunFolder
+from saferl.spec import Spec
 
 
 def gathered(run: str | Path, member: int | None = None) -> Dataset:
@@ -68,7 +69,7 @@ def gathered(run: str | Path, member: int | None = None) -> Dataset:
         next_observations=fields["next_observations"],
         costs=fields["costs"] if known else None,
         id=f"{folder.path.name}-online",
-        env_id=config["env"] if config["env"] != OBJECT else None,
+        env_id=config.env if config.env != OBJECT else None,
         horizon=spec.horizon or None,
         origin=f"gathered by {header['agent']} while it learned, {header['step']} steps",
         clip_actions=True,

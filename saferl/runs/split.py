@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,16 +24,15 @@ import torch
 from torch import Tensor
 
 from saferl.errors import SaferlError
-from saferl.io import write_text
+from saferl.io import Row, csv_lines, write_text
 from saferl.registry import agent_class
-from saferl.runs.folder import RunFolder
+from saferl.runs.config import Member, RunConfig
+from saferl.runs.folder import RunFolder, check_record
 
 TABLES = ("metrics.csv", "evaluation.csv")  # a row per step and member
-# Of config.yaml. The data may lie elsewhere now: their fingerprints are compared. Limits are for
+# Of the record. The data may lie elsewhere now: their fingerprints are compared. Limits are for
 # tables, and members that were trained for one each are judged by all. Engines compute the same.
-NOT_COMPARED = (
-    "agent_config", "seeds", "members", "dataset", "dataset_options", "cost_limits", "engine",
-)  # fmt: skip
+NOT_COMPARED = ("settings", "members", "dataset", "dataset_options", "cost_limits", "engine")
 
 
 def split(run: str | Path, out: str | Path, member: int | None = None) -> list[Path]:
@@ -56,7 +54,7 @@ def split(run: str | Path, out: str | Path, member: int | None = None) -> list[P
         SaferlError: not a run, no such member, ``out`` is in use, or a tensor without member axis.
     """
     source, out = _Source.read(run), Path(out)
-    count = len(source.seeds)
+    count = len(source.config.who)
     if member is not None and not 0 <= member < count:
         raise SaferlError(f"no member {member}: {run} has {count}, counted from 0")
     chosen = range(count) if member is None else [member]
@@ -72,7 +70,7 @@ def merge(runs: Sequence[str | Path], out: str | Path) -> Path:
     """One run folder of the members of several runs, in the order given.
 
     The runs must agree in agent, step, data and all settings but those that may differ between
-    members (`Agent.variants`); their seeds are free. Rows of metrics.csv and evaluation.csv are
+    members (`Agent.per_member`); their seeds are free. Rows of metrics.csv and evaluation.csv are
     kept for steps that every run has.
 
     Raises:
@@ -95,24 +93,19 @@ class _Source:
     """What a run folder holds, in memory."""
 
     path: Path
-    plan: dict[str, Any]  # config.yaml
+    config: RunConfig
     card: dict[str, Any]  # dataset.json
     state: dict[str, Tensor]
     header: dict[str, Any]
-    tables: dict[str, tuple[list[str], list[dict[str, str]]]]  # file → columns, rows
+    tables: dict[str, tuple[list[str], list[Row]]]  # file → columns, rows
 
     @classmethod
     def read(cls, path: str | Path) -> _Source:
         folder = RunFolder(path)
-        plan = folder.config()
+        config = folder.config()
         state, header = folder.load()
-        for key, recorded in (("agent", "agent"), ("config", "agent_config"), ("seeds", "seeds")):
-            if header[key] != plan[recorded]:
-                raise SaferlError(
-                    f"the checkpoints of {path} were written with another {recorded} than its "
-                    "config.yaml has now: restore the file"
-                )
-        source = cls(folder.path, plan, folder.card(), state, header, {})
+        check_record(folder, config, header)
+        source = cls(folder.path, config, folder.card(), state, header, {})
         for key, tensor in state.items():
             source._check(key, tensor)
         for name in TABLES:
@@ -122,21 +115,8 @@ class _Source:
         return source
 
     @property
-    def seeds(self) -> list[int]:
-        return self.plan["seeds"]
-
-    @property
-    def agent(self) -> type:
-        return agent_class(self.plan["agent"])
-
-    def varying(self) -> list[str]:
-        """Settings that hold one value per member."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self.agent.Config)}
-        return [
-            key
-            for key, value in self.plan["agent_config"].items()
-            if isinstance(value, list) and not isinstance(defaults.get(key), tuple)
-        ]
+    def agent(self) -> Any:
+        return agent_class(self.config.agent)
 
     def is_shared(self, key: str) -> bool:
         """Whether a tensor of the state is one that all members share."""
@@ -144,19 +124,16 @@ class _Source:
         return any(f"{key}.".startswith(f"agent.{prefix.rstrip('.')}.") for prefix in prefixes)
 
     def _check(self, key: str, tensor: Tensor) -> None:
-        if tensor.dim() and not self.is_shared(key) and len(tensor) != len(self.seeds):
+        if tensor.dim() and not self.is_shared(key) and len(tensor) != len(self.config.who):
             raise SaferlError(
                 f"{key} of {self.path} has shape {list(tensor.shape)} but the run has "
-                f"{len(self.seeds)} members: give it a leading member axis, or name it in "
+                f"{len(self.config.who)} members: give it a leading member axis, or name it in "
                 f"{self.agent.__name__}.shared if all members share it"
             )
 
     def member(self, m: int) -> _Source:
         """The run of member ``m`` alone."""
-        settings = dict(self.plan["agent_config"])
-        for key in self.varying():
-            settings[key] = settings[key][m]
-        seeds, names = [self.seeds[m]], [self.plan["members"][m]]
+        config = self.config.replace(members=(self.config.who[m],))
         state = {
             key: tensor[m : m + 1] if tensor.dim() and not self.is_shared(key) else tensor
             for key, tensor in self.state.items()
@@ -165,34 +142,38 @@ class _Source:
             name: (columns, [row | {"member": "0"} for row in rows if int(row["member"]) == m])
             for name, (columns, rows) in self.tables.items()
         }
-        return dataclasses.replace(
-            self,
-            plan=self.plan | {"seeds": seeds, "members": names, "agent_config": settings},
-            header=self.header | {"seeds": seeds, "config": settings},
-            state=state,
-            tables=tables,
-        )
+        return self.of(config, state, tables)
+
+    def of(
+        self,
+        config: RunConfig,
+        state: dict[str, Tensor],
+        tables: dict[str, tuple[list[str], list[Row]]],
+        **header: Any,
+    ) -> _Source:
+        """The same run of other members."""
+        header = self.header | {"seeds": config.seeds, "config": config.agent_settings} | header
+        return dataclasses.replace(self, config=config, header=header, state=state, tables=tables)
 
     def write(self, path: Path) -> None:
-        folder = RunFolder.create(path, self.plan, self.card)
+        folder = RunFolder.create(path, self.config, self.card)
         header = dict(self.header)
         folder.save(header.pop("step"), self.state, header)
         for name, (columns, rows) in self.tables.items():
-            text = io.StringIO()
-            writer = csv.DictWriter(text, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(folder.path / name, text.getvalue())
+            write_text(folder.path / name, csv_lines(columns, rows, header=True))
+
+    def value(self, m: int, key: str) -> Any:
+        """A setting of one member."""
+        return self.config.who[m].values.get(key, self.config.settings.get(key))
 
     def comparable(self) -> dict[str, Any]:
         """What runs must agree in to be one run, in the order in which it is worth naming."""
-        found = {"agent": self.plan["agent"], "step": self.header["step"]}
+        found = {"agent": self.config.agent, "step": self.header["step"]}
         found["dataset fingerprint"] = self.card.get("fingerprint")
         found |= {f"spec.{key}": value for key, value in self.header["spec"].items()}
-        found |= {k: v for k, v in self.plan.items() if k not in NOT_COMPARED}
-        variants = self.agent.variants
-        for key, value in self.plan["agent_config"].items():
-            if key not in variants:
+        found |= {k: v for k, v in self.config.to_dict().items() if k not in NOT_COMPARED}
+        for key, value in self.config.settings.items():
+            if key not in self.agent.per_member:
                 found[key] = value
         return found
 
@@ -234,70 +215,61 @@ def _short(value: Any) -> str:
 
 def _concatenate(sources: Sequence[_Source]) -> _Source:
     first = sources[0]
-    counts = [len(source.seeds) for source in sources]
-    seeds = [seed for source in sources for seed in source.seeds]
-    settings = dict(first.plan["agent_config"])
-    varying = [key for key in settings if key in first.agent.variants]
-    for key in varying:
-        values: list[Any] = []
-        for source, count in zip(sources, counts):
-            value = source.plan["agent_config"][key]
-            values += value if isinstance(value, list) else [value] * count
-        settings[key] = values if len(set(values)) > 1 else values[0]
-    varying = [key for key in varying if isinstance(settings[key], list)]
-
-    names, origin, seen = [], [], {}
-    for source, count in zip(sources, counts):
-        origin += [source.path] * count
-        names += source.plan["members"]
-    for m, seed in enumerate(seeds):
-        values = tuple(settings[key][m] for key in varying)
-        # A run whose members had one value did not name it.
-        absent = [
-            f"{key}={value:g}"
-            for key, value in zip(varying, values)
-            if not any(word.startswith(f"{key}=") for word in names[m].split())
-        ]
-        names[m] = " ".join([*absent, names[m]])
-        if (seed, values) in seen:
+    counts = [len(source.config.who) for source in sources]
+    places = [(source, m) for source, count in zip(sources, counts) for m in range(count)]
+    # Settings that were varied stay so; others become so where the runs differ in them.
+    varied = list(dict.fromkeys(key for s, m in places for key in s.config.who[m].values))
+    varied += [
+        key
+        for key in first.config.settings
+        if key in first.agent.per_member
+        and key not in varied
+        and len({s.value(m, key) for s, m in places}) > 1
+    ]
+    members, seen = [], {}
+    for source, m in places:
+        values = {key: source.value(m, key) for key in varied}
+        member = Member(source.config.who[m].seed, values)
+        key = member.seed, tuple(values.values())
+        if key in seen:
             raise SaferlError(
-                f"{seen[seed, values]} and {origin[m]} both hold member {names[m]!r}: counted "
-                "twice it would look like an independent seed; leave one out"
+                f"{seen[key]} and {source.path} both hold member {str(member)!r}: counted twice it "
+                "would look like an independent seed; leave one out"
             )
-        seen[seed, values] = origin[m]
+        seen[key] = source.path
+        members.append(member)
     state = {
         key: torch.cat([source.state[key] for source in sources])
         if tensor.dim() and not first.is_shared(key)
         else tensor
         for key, tensor in first.state.items()
     }
-    limits = dict.fromkeys(limit for source in sources for limit in source.plan["cost_limits"])
-    seconds = max(source.header["seconds"] for source in sources)
-    return dataclasses.replace(
-        first,
-        plan=first.plan
-        | {"seeds": seeds, "members": names, "cost_limits": list(limits), "agent_config": settings},
-        header=first.header | {"seeds": seeds, "config": settings, "seconds": seconds},
-        state=state,
-        tables={
-            name: _merge_tables(name, sources, counts)
-            for name in TABLES
-            if all(name in source.tables for source in sources)
-        },
+    limits = dict.fromkeys(limit for source in sources for limit in source.config.cost_limits)
+    config = first.config.replace(
+        members=tuple(members),
+        settings={k: v for k, v in first.config.settings.items() if k not in varied},
+        cost_limits=tuple(limits),
     )
+    tables = {
+        name: _merge_tables(name, sources, counts)
+        for name in TABLES
+        if all(name in source.tables for source in sources)
+    }
+    seconds = max(source.header["seconds"] for source in sources)
+    return first.of(config, state, tables, seconds=seconds)
 
 
-def _read_table(file: Path, step: int) -> tuple[list[str], list[dict[str, str]]]:
+def _read_table(file: Path, step: int) -> tuple[list[str], list[Row]]:
     """Columns and rows up to a step; what a crash left beyond the checkpoint is not part of it."""
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    reader = csv.DictReader(lines)
-    rows = [row for row in reader if int(row["step"]) <= step]
-    return list(reader.fieldnames or ()), rows
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1]  # without a line that was cut off
+    reader = csv.DictReader(whole.splitlines())
+    return list(reader.fieldnames or ()), [row for row in reader if int(row["step"]) <= step]
 
 
 def _merge_tables(
     name: str, sources: Sequence[_Source], counts: Sequence[int]
-) -> tuple[list[str], list[dict[str, str]]]:
+) -> tuple[list[str], list[Row]]:
     """Rows of all members, by step and member, of the steps that every run has."""
     columns: list[str] = []
     tables = [source.tables[name] for source in sources]

@@ -22,15 +22,16 @@ import numpy as np
 from saferl.data import load_dataset
 from saferl.errors import SaferlError
 from saferl.evaluation import Evaluation, Evaluator
-from saferl.evaluation.evaluate import NO_COST, own_limit
+from saferl.evaluation.evaluate import NO_COST
 from saferl.evaluation.exact import exact_frontier, exact_values, tabular_task
 from saferl.evaluation.results import Guard, Known, RunResults, Values
 from saferl.rollout import Env
+from saferl.runs.config import OBJECT, RunConfig
 from saferl.runs.folder import RunFolder
 from saferl.safety.guardians.fitting import fit_guardian, guardian_for, split
 from saferl.safety.limits import check_limit
 from saferl.safety.shield import Shield
-from saferl.training.train import OBJECT, load_agent
+from saferl.training.train import load_agent
 
 GUARDIAN = "knn"  # where the agent has none of its own
 GUARDIAN_ROWS = 10_000
@@ -87,7 +88,7 @@ def evaluate_run(
     folder = RunFolder(run)
     config = folder.config()
     limits = None if cost_limits is None else [check_limit(limit) for limit in cost_limits]
-    env = env or (None if config["env"] == OBJECT else config["env"])
+    env = env or (None if config.env == OBJECT else config.env)
     if env is None:
         raise SaferlError("the run names no environment: pass --env ID")
     if fallback is not None and not guard:
@@ -178,14 +179,14 @@ def _dataset(folder: RunFolder, dataset: Any) -> Any:
     """The dataset of the run, for a guardian."""
     config = folder.config()
     if dataset is None:
-        if config["dataset"] is None:
+        if config.dataset is None:
             raise SaferlError("the run learned online, so there are no data for a guardian")
-        if config["dataset"] == OBJECT:
+        if config.dataset == OBJECT:
             raise SaferlError(
                 "the run was started with a Python object as dataset, which a guardian needs: "
                 f"saferl.evaluate_run({str(folder.path)!r}, dataset=…)"
             )
-        dataset = load_dataset(config["dataset"], **config["dataset_options"])
+        dataset = load_dataset(config.dataset, **config.dataset_options)
     if folder.card().get("fingerprint") != dataset.fingerprint:
         raise SaferlError(f"{dataset.card.id} holds other data than the run was trained on")
     return dataset
@@ -194,7 +195,7 @@ def _dataset(folder: RunFolder, dataset: Any) -> Any:
 def _guards(
     guard: bool,
     fallback: Any,
-    config: dict[str, Any],
+    config: RunConfig,
     limits: Sequence[float] | None,
     members: int,
 ) -> list[tuple[str, list[float | None], float | None]]:
@@ -203,10 +204,10 @@ def _guards(
         return []
     if fallback is None:
         return [("guarded", [None] * members, None)]
-    own = [own_limit(name) for name in config["members"]]
-    if all(own):
-        return [("guarded", [limit[0] for limit in own], None)]
-    limits = config["cost_limits"] if limits is None else limits
+    own = [member.group.cost_limit for member in config.who]
+    if None not in own:
+        return [("guarded", own, None)]
+    limits = config.cost_limits if limits is None else limits
     if not limits:
         return [("guarded", [None] * members, None)]
     return [(f"guarded, limit {limit:g}", [limit] * members, limit) for limit in limits]

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -19,8 +19,11 @@ from torch import Tensor
 from saferl.errors import SaferlError, one_line
 from saferl.evaluation import Evaluation
 from saferl.io import part
-from saferl.rollout import EnvironmentFailed
-from saferl.runs.folder import MetricsLog
+from saferl.rollout import EnvironmentFailed, Evaluator
+from saferl.runs.config import RunConfig
+from saferl.runs.folder import RunFolder, check_record
+from saferl.runs.metrics import MetricsLog
+from saferl.training.engine import Engine
 
 CHUNK_SECONDS = 0.5  # between two movements of the progress bar, and to answer Ctrl-C
 # First of the seeds of evaluation episodes. Those of training begin at multiples of a million and
@@ -36,18 +39,35 @@ class Run:
     agent: Any  # the trained agent, all members
     evaluation: Evaluation | None  # all evaluations; None where no environment is known
 
-    def policy(self):
+    def policy(self) -> Any:
         """The trained policy of all members, from raw observations to raw actions."""
         return self.agent.policy()
+
+
+class Voice(Protocol):
+    """How a run speaks to its user."""
+
+    @property
+    def progress(self) -> bool: ...
+
+    def say(self, line: str) -> None: ...
 
 
 class Loop:
     """Runs an engine from event to event: read metrics, evaluate, write a checkpoint."""
 
-    def __init__(self, folder, plan, agent, engine, evaluator, say, progress):
-        self.folder, self.plan, self.names = folder, plan, tuple(plan["members"])
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        agent: Any,
+        engine: Engine,
+        evaluator: Evaluator | None,
+        place: Voice,
+    ):
+        self.folder, self.config, self.names = folder, config, config.names
         self.agent, self.engine, self.evaluator = agent, engine, evaluator
-        self.say, self.progress = say, progress
+        self.say, self.progress = place.say, place.progress
         self.step = 0
         self.seconds = 0.0  # training time, evaluation left out
         self.evaluation: Evaluation | None = None
@@ -57,7 +77,7 @@ class Loop:
             state, header = self.folder.load()
             self._restore(state, header)
             self.say(f"resuming {self.folder.path} at step {self.step}")
-        log = MetricsLog(self.folder, self.names, self.step if resumed else None)
+        log = MetricsLog(self.folder, len(self.names), self.step if resumed else None)
         try:
             with stop_signals() as stopped:
                 self._train(log, stopped)
@@ -77,13 +97,12 @@ class Loop:
     def _train(self, log: MetricsLog, stopped: list[int]) -> None:
         from tqdm import tqdm
 
-        total, plan = self.plan["steps"], self.plan
-        intervals = [plan[f"{event}_interval"] for event in ("log", "eval", "checkpoint")]
+        total, intervals = self.config.steps, self.config.intervals.values()
         chunk = 1
         with tqdm(
             total=total,
             initial=self.step,
-            desc=plan["agent"],
+            desc=self.config.agent,
             unit="step",
             disable=not self.progress,
             mininterval=1.0,
@@ -91,8 +110,8 @@ class Loop:
             if self._owes_evaluation():
                 self._evaluate(bar)
             while self.step < total and not stopped:
-                following = [(self.step // interval + 1) * interval for interval in intervals]
-                stop = min(*following, self.step + chunk, total)
+                events = [(self.step // interval + 1) * interval for interval in intervals]
+                stop = min(*events, self.step + chunk, total)
                 start = time.perf_counter()
                 done = self.engine.run(stop - self.step)
                 self.engine.wait()
@@ -114,7 +133,7 @@ class Loop:
                     self._save()
 
     def _due(self, event: str) -> bool:
-        return self.step % self.plan[f"{event}_interval"] == 0 or self.step == self.plan["steps"]
+        return self.step % self.config.intervals[event] == 0 or self.step == self.config.steps
 
     def _owes_evaluation(self) -> bool:
         """Whether the run stopped in the evaluation of its checkpoint's step."""
@@ -142,7 +161,8 @@ class Loop:
                     f"{self.folder.checkpoints})"
                 )
 
-    def _evaluate(self, bar) -> None:
+    def _evaluate(self, bar: Any) -> None:
+        assert self.evaluator is not None
         try:
             episodes = self.evaluator.run(self.agent.policy(), seed=EVALUATION_SEED)
         except EnvironmentFailed as error:
@@ -161,22 +181,17 @@ class Loop:
         state = {f"agent.{k}": v for k, v in self.agent.state_dict().items()}
         state |= {f"engine.{k}": v for k, v in self.engine.state_dict().items()}
         header = {
-            "agent": self.plan["agent"],
-            "config": self.plan["agent_config"],
+            "agent": self.config.agent,
+            "config": self.config.agent_settings,
             "spec": self.agent.spec.to_dict(),
-            "seeds": self.plan["seeds"],
+            "seeds": self.config.seeds,
             "seconds": round(self.seconds, 1),
             "versions": versions(),
         }
-        self.folder.save(self.step, state, header, self.plan["keep_checkpoints"])
+        self.folder.save(self.step, state, header, self.config.keep_checkpoints)
 
     def _restore(self, state: dict[str, Tensor], header: dict[str, Any]) -> None:
-        for key, recorded in (("config", "agent_config"), ("agent", "agent"), ("seeds", "seeds")):
-            if header[key] != self.plan[recorded]:
-                raise SaferlError(
-                    f"the checkpoints of {self.folder.path} were written with another {recorded} "
-                    "than its config.yaml has now: restore the file or start another run"
-                )
+        check_record(self.folder, self.config, header)
         restore(self.agent, state, header["agent"], self.folder.path)
         self.engine.load_state_dict(part(state, "engine."))
         self.step, self.seconds = header["step"], header["seconds"]

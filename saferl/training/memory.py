@@ -4,9 +4,9 @@
     # memory: 1.2 GiB for 16 members (buffer 320.0 MiB + 58.0 MiB each) of 22.0 GiB free on cpu
 
 An agent, a third party's included, is built with one member and then with two, and makes one real
-update of every `Agent.pattern` on zeros of the true batch size. The bytes of the tensors that live
-are counted at every operation; a line through both measurements gives any number of members. It
-costs about as much time as a dozen updates of the run, and draws no global random numbers.
+update of every `Agent.update_key` on zeros of the true batch size. The bytes of the tensors that
+live are counted at every operation; a line through both measurements gives any number of members.
+It costs about as much time as a dozen updates of the run, and draws no global random numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from saferl.io import human
 from saferl.replay import buffer_class, free_memory, row_floats
 from saferl.spec import Spec
 
-# Updates among which every `Agent.pattern` of a run is sought.
+# Updates among which every `Agent.update_key` of a run is sought.
 CANDIDATES = (*range(1, 101), *(10**k for k in range(3, 9)))
 FIT_ROWS = 2048  # of the dataset, for an agent that learns something before its first update
 SHORTAGE = ("can't allocate memory", "not enough memory", "out of memory")
@@ -301,7 +301,7 @@ def probe(
         buffer = buffer_class(spec)(spec, config.batch_size, range(members), device, costs, extras)
         buffer.size = buffer.capacity
         rows = buffer.nbytes
-        updates = {agent.pattern(update): update for update in reversed(CANDIDATES)}.values()
+        updates = {agent.update_key(update): update for update in reversed(CANDIDATES)}.values()
         for _ in range(2):  # the first round makes the optimisers' state and the gradients
             for update in sorted(updates):
                 agent.updates = update - 1

@@ -42,7 +42,7 @@ class OnlineEngine(Engine):
     """One environment per member: each step acts once in each, then makes the updates due.
 
     Args:
-        agent: one that acts (`Agent.acts`).
+        agent: one that acts (`Agent.online`).
         slots: an environment for each member.
         steps: of the whole run.
         offline: rows of a dataset, or None.

@@ -113,7 +113,7 @@ def test_without_a_limit_there_is_no_cost_critic():
 
 
 def test_under_a_limit_the_actor_follows_the_penalised_value(float64):
-    """One update from the equations of agents/shared/constraint.py, at a multiplier that is not 0."""
+    """One update from agents/shared/constraint.py's equations, at a multiplier that is not 0."""
     cls = type(make("sac"))
     agent = limited.make(cls, **RATES, cost_limit=2.0, multiplier_lr=0.3)
     agent.constraint.multipliers.level.fill_(0.5)

@@ -87,7 +87,7 @@ class Room(gymnasium.Env):
 
 def run_options(cls) -> dict:
     """What `saferl.train` needs besides a dataset."""
-    return {"env": Room} if cls.acts else {}
+    return {"env": Room} if cls.online else {}
 
 
 def make_config(cls, **settings):
@@ -184,7 +184,11 @@ def test_resumed_is_uninterrupted_to_the_bit(cls):
 
 @pytest.mark.parametrize(
     "name,field",
-    [(name, field) for name in AGENTS for field in sorted(agent_class(name).variants - OF_THE_RUN)],
+    [
+        (name, field)
+        for name in AGENTS
+        for field in sorted(agent_class(name).per_member - OF_THE_RUN)
+    ],
 )
 def test_a_value_per_member_is_a_run_of_its_own(name, field):
     cls = agent_class(name)
@@ -232,7 +236,7 @@ def test_configuration_errors_say_what_to_do(cls):
             with pytest.raises(SaferlError, match=wrong[1]):
                 cls.make_config({field.name: wrong[0]})
     spec = Setup(cls).spec
-    for field in cls.variants:
+    for field in cls.per_member:
         with pytest.raises(SaferlError, match=f"{field} has 2 values for 3 members"):
             cls(spec, make_config(cls, **{field: [0.5, 0.6]}), 3)
 
@@ -256,7 +260,7 @@ def test_every_field_is_documented_and_frozen(cls):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.discount = 0.5
     fields = {field.name for field in dataclasses.fields(cls.Config)}
-    assert cls.variants <= fields
+    assert cls.per_member <= fields
     assert cls.Config.__doc__ and not cls.Config.__doc__.startswith(cls.Config.__name__ + "(")
 
 

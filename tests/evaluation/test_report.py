@@ -11,7 +11,8 @@ from saferl.data import Card
 from saferl.errors import SaferlError
 from saferl.evaluation import Episodes, Evaluation, evaluate, plots, write_report
 from saferl.evaluation.results import read_metrics
-from saferl.evaluation.text import cells, columns, group_names, interval, number
+from saferl.evaluation.text import cells, columns, interval, number
+from saferl.runs.config import Member, groups_of
 from saferl.safety.limits import check_limit
 
 
@@ -64,10 +65,10 @@ def test_too_few_episodes_give_no_verdict():
 
 
 def test_groups_of_members_are_summed_up_apart():
-    names = ["cost_limit=5 seed=0", "cost_limit=5 seed=1", "cost_limit=10 seed=0"]
-    groups = group_names(names)
-    assert groups == ["cost_limit=5", "cost_limit=5", "cost_limit=10"]
-    assert group_names(["seed=0", "seed=1"]) is None
+    members = [Member(seed, {"cost_limit": limit}) for seed, limit in ((0, 5.0), (1, 5.0), (0, 10))]
+    groups = groups_of(members)
+    assert [group.label for group in groups] == ["cost_limit=5", "cost_limit=5", "cost_limit=10"]
+    assert groups_of([Member(0), Member(1)]) is None
     rows = made([[1, 1], [3, 3], [9, 9]], None).table(groups=groups)
     assert [(row["group"], row["member"], row["return_mean"]) for row in rows] == [
         ("cost_limit=5", None, 2),
@@ -209,7 +210,8 @@ def test_numbers_are_for_people():
 def fake_run(folder, *, evaluated=True, metrics=True, card=True, **config):
     folder.mkdir()
     settings = {"agent": "bc", "dataset": "made/up-v0", "env": "Fake-v0", "cost_limits": [2.5]}
-    settings |= {"members": ["seed=0", "seed=1"], "agent_config": {"alpha": 0.75}} | config
+    members = [{"seed": 0}, {"seed": 1}]
+    settings |= {"format": 2, "members": members, "settings": {"alpha": 0.75}} | config
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     values = Card(
         id="made/up-v0",
@@ -286,7 +288,9 @@ def test_the_report_is_one_file_that_says_everything(tmp_path):
 def test_limits_may_be_given_and_several_runs_compared(tmp_path):
     first = fake_run(tmp_path / "first")
     second = fake_run(
-        tmp_path / "second", members=["alpha=1 seed=0", "alpha=2 seed=0"], cost_limits=[]
+        tmp_path / "second",
+        members=[{"seed": 0, "values": {"alpha": alpha}} for alpha in (1, 2)],
+        cost_limits=[],
     )
     third = fake_run(tmp_path / "third", evaluated=False, metrics=False, card=False)
     path = write_report([first, second, third], tmp_path / "all.html", limits=[30])
@@ -361,9 +365,9 @@ def test_plots_draw_what_they_say():
 
 def test_the_frontier_joins_policies_that_differ_by_their_limit():
     rows = [
-        {"group": "", "cost_mean": 3.0, "cost_low": 2.5, "cost_high": 4.0, "return_mean": 9.0}
-        | {"group": group, "cost_mean": cost, "return_mean": 2 * cost, "exact_cost": exact,
-           "exact_return": 1.0}
+        {"family": "", "cost_mean": 3.0, "cost_low": 2.5, "cost_high": 4.0, "return_mean": 9.0}
+        | {"group": group, "family": "guarded" if "guarded" in group else "", "cost_mean": cost,
+           "return_mean": 2 * cost, "exact_cost": exact, "exact_return": 1.0}
         for group, cost, exact in (
             ("cost_limit=10", 3.0, None), ("cost_limit=5", 2.0, 1.5), ("guarded, limit 5", 1.0, 2),
         )

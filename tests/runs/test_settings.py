@@ -12,6 +12,7 @@ import yaml
 from saferl.data.sources.d4rl import ids
 from saferl.errors import SaferlError
 from saferl.registry import agent_class, names
+from saferl.runs.config import RunConfig
 from saferl.runs.settings import parse_settings, published, resolve
 
 FILES = sorted(f.name[:-5] for f in resources.files("saferl.configs").iterdir()
@@ -101,20 +102,30 @@ def test_parse_settings():
         parse_settings(["alpha"])
 
 
+def resolved(settings, task="point", **options):
+    return resolve(RunConfig(settings=settings, **options), task)
+
+
 def test_lists_multiply_with_seeds():
-    config = agent_class("td3_bc").Config
-    settings, members = resolve(
-        config, {"alpha": [1.0, 2.5], "discount": [0.9, 0.99], "hidden": [4, 4]}, [5, 6]
-    )
-    assert settings["hidden"] == [4, 4]
-    assert settings["alpha"] == [1, 1, 1, 1, 2.5, 2.5, 2.5, 2.5]
-    assert settings["discount"] == [0.9, 0.9, 0.99, 0.99] * 2
-    assert members.seeds == (5, 6) * 4
-    assert members.names[2] == "alpha=1 discount=0.99 seed=5"
+    asked = {"alpha": [1.0, 2.5], "discount": [0.9, 0.99], "hidden": [4, 4]}
+    run = resolved(asked, members=2, seed=5).run
+    assert run.settings["hidden"] == [4, 4]
+    assert run.agent_settings["alpha"] == [1, 1, 1, 1, 2.5, 2.5, 2.5, 2.5]
+    assert run.agent_settings["discount"] == [0.9, 0.9, 0.99, 0.99] * 2
+    assert run.seeds == [5, 6] * 4
+    assert run.names[2] == "alpha=1 discount=0.99 seed=5"
 
 
 def test_a_word_in_a_list_of_numbers_is_named():
-    cls = agent_class("td3_bc")
-    settings, _ = resolve(cls.Config, parse_settings(["alpha=1,x"]), [0])
-    with pytest.raises(SaferlError, match=r"alpha = \[1, 'x'\] is not a number"):
-        cls.make_config(settings)
+    with pytest.raises(SaferlError, match=r"alpha = \[.*'x'.*\] is not a number"):
+        resolved(parse_settings(["alpha=1,x"]), members=1)
+
+
+def test_sources_say_where_each_value_comes_from():
+    found = resolved({"tau": 0.1}, "d4rl/antmaze-umaze-v2", agent="iql", cost_limits=[3.0])
+    assert found.sources["tau"] == "given"
+    assert found.sources["beta"].startswith("configs/iql.yaml, d4rl/antmaze")
+    assert found.sources["batch_size"] == "default of IQLConfig"
+    found = resolved({}, agent="bc_safe", cost_limits=[3.0, 9.0])
+    assert found.sources["cost_limit"] == "the run's cost limits"
+    assert [m.values["cost_limit"] for m in found.run.who] == [3.0] * 3 + [9.0] * 3

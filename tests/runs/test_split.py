@@ -18,8 +18,8 @@ from saferl.evaluation import Evaluation
 from saferl.evaluation.report import write_report
 from saferl.registry import agent_class, names
 from saferl.runs import split as members
-from saferl.runs.split import merge, split
 from saferl.runs.folder import RunFolder
+from saferl.runs.split import merge, split
 from tests.conformance.test_agents import SMALL, Setup, dataset_for, run_options
 from tests.conftest import point_dataset
 
@@ -64,10 +64,10 @@ def test_a_member_is_a_full_run(run, tmp_path):
     whole, _ = RunFolder(run).load()
     for m, path in enumerate(paths):
         config = RunFolder(path).config()
-        assert config["seeds"] == [m % 3]
-        assert config["members"] == [f"alpha={5 if m > 2 else 1} seed={m % 3}"]
-        assert config["agent_config"]["alpha"] == (5.0 if m > 2 else 1.0)
-        assert config["agent_config"]["hidden"] == [8]  # a list of sizes, not of members
+        assert config.seeds == [m % 3]
+        assert config.names == [f"alpha={5 if m > 2 else 1} seed={m % 3}"]
+        assert config.agent_settings["alpha"] == [5.0 if m > 2 else 1.0]
+        assert config.settings["hidden"] == [8]  # a list of sizes, not of members
         state, header = RunFolder(path).load()
         assert header["seeds"] == [m % 3] and header["step"] == 20
         for key, tensor in state.items():
@@ -108,7 +108,7 @@ def test_split_and_merged_is_the_run(run, tmp_path):
     same(merge(paths, tmp_path / "whole"), run)
     # Several members on either side are merged alike.
     front = merge(paths[:2], tmp_path / "front")
-    assert RunFolder(front).config()["agent_config"]["alpha"] == 1.0
+    assert RunFolder(front).config().agent_settings["alpha"] == [1.0, 1.0]
     back = merge(paths[2:], tmp_path / "back")
     same(merge([front, back], tmp_path / "again"), run)
 
@@ -216,9 +216,9 @@ def test_runs_of_their_own_are_merged_under_names_that_tell_them_apart(tmp_path)
     two = quick(data, tmp_path / "two", members=2, settings=TINY | {"alpha": 5.0},
                 cost_limits=[5.0])  # fmt: skip
     config = RunFolder(merge([one, two], tmp_path / "both")).config()
-    assert config["members"] == ["alpha=1 seed=0", "alpha=5 seed=0", "alpha=5 seed=1"]
-    assert config["seeds"] == [0, 0, 1] and config["agent_config"]["alpha"] == [1.0, 5.0, 5.0]
-    assert config["cost_limits"] == [3.0, 5.0]  # for tables: every member is judged by all
+    assert config.names == ["alpha=1 seed=0", "alpha=5 seed=0", "alpha=5 seed=1"]
+    assert config.seeds == [0, 0, 1] and config.agent_settings["alpha"] == [1.0, 5.0, 5.0]
+    assert config.cost_limits == (3.0, 5.0)  # for tables: every member is judged by all
     both = saferl.load_agent(tmp_path / "both")
     assert both.config.alpha == (1.0, 5.0, 5.0)
     evaluation = Evaluation.read(tmp_path / "both" / "evaluation.csv")
@@ -368,7 +368,6 @@ def test_rows_beyond_the_checkpoint_are_left_out(tmp_path):
 def test_a_configuration_that_was_edited_is_refused(tmp_path):
     run = quick(point_dataset(env_id=None), tmp_path / "run", steps=3)
     config = RunFolder(run).config()
-    config["agent_config"]["alpha"] = 7.0
-    RunFolder(run).write_config(config)
-    with pytest.raises(SaferlError, match="another agent_config"):
+    RunFolder(run).write_config(config.replace(settings=config.settings | {"alpha": 7.0}))
+    with pytest.raises(SaferlError, match="another settings"):
         split(run, tmp_path / "parts")

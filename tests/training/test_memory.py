@@ -129,10 +129,10 @@ def test_the_delayed_update_is_in_the_peak():
     config = make_config(cls, hidden=[64, 64], batch_size=64)
 
     class Never(cls):
-        def pattern(self, update):
+        def update_key(self, update):
             return False
 
-    assert cls(CONTINUOUS, config).pattern(2)
+    assert cls(CONTINUOUS, config).update_key(2)
     found, without = (estimate(c, CONTINUOUS, config, 2, rows=10) for c in (cls, Never))
     assert found.each > without.each
     late = make_config(cls, hidden=[64, 64], batch_size=64, policy_interval=50)

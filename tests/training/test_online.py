@@ -452,7 +452,7 @@ def test_a_run_starts_from_another_ones_networks_and_units(point, tmp_path, caps
     assert second.agent.spec == first.agent.spec and second.agent.spec.observation_mean
     slots = second.agent.actor_optimizer.state_dict()["state"]
     assert slots[0]["step"].item() == first.agent.updates and second.agent.updates == 0
-    assert RunFolder(second.path).config()["start_from"] == str(first.path)
+    assert RunFolder(second.path).config().start_from == str(first.path)
     saferl.resume(second.path, steps=70, device="cpu", progress=False)
     one = quick(tmp_path / "one", members=1, steps=20)
     assert "take random actions" not in capsys.readouterr().out

@@ -19,8 +19,8 @@ import torch
 import saferl
 from saferl.data import save_dataset
 from saferl.errors import SaferlError
-from saferl.evaluation.text import group_names
 from saferl.registry import agent_class
+from saferl.runs.config import groups_of
 from saferl.runs.folder import RunFolder
 from saferl.training.loop import Loop
 from tests.conftest import PointEnv, point_dataset
@@ -54,9 +54,8 @@ def test_a_run_folder_holds_everything(point, tmp_path):
     run = quick(point, tmp_path / "run", cost_limits=[3.0], settings=TINY | {"alpha": [1.0, 5.0]})
     folder = RunFolder(run.path)
     config = folder.config()
-    assert config["members"] == ["alpha=1 seed=0", "alpha=1 seed=1",
-                                 "alpha=5 seed=0", "alpha=5 seed=1"]  # fmt: skip
-    assert config["agent_config"]["alpha"] == [1.0, 1.0, 5.0, 5.0]
+    assert config.names == ["alpha=1 seed=0", "alpha=1 seed=1", "alpha=5 seed=0", "alpha=5 seed=1"]
+    assert config.agent_settings["alpha"] == [1.0, 1.0, 5.0, 5.0]
     assert folder.card()["fingerprint"] == point.fingerprint
     assert folder.steps() == [48, 60]
     rows = metrics(run.path)
@@ -179,9 +178,8 @@ def test_resume_refuses_other_data_and_other_configuration(point, tmp_path):
         saferl.resume(run.path, dataset=point_dataset(seed=1))
     folder = RunFolder(run.path)
     config = folder.config()
-    config["agent_config"]["alpha"] = 7.0
-    folder.write_config(config)
-    with pytest.raises(SaferlError, match="another agent_config"):
+    folder.write_config(config.replace(settings=config.settings | {"alpha": 7.0}))
+    with pytest.raises(SaferlError, match="another settings"):
         saferl.resume(run.path, dataset=point)
 
 
@@ -199,7 +197,7 @@ def test_online_training_learns_resumes_and_logs(tmp_path):
 def test_custom_environment_and_dataset_objects(tmp_path):
     data = point_dataset(env_id=None)
     run = quick(data, tmp_path / "run", env=PointEnv)
-    assert run.evaluation is not None and RunFolder(run.path).config()["env"] == "a Python object"
+    assert run.evaluation is not None and RunFolder(run.path).config().env == "a Python object"
     without = quick(data, tmp_path / "without")
     assert without.evaluation is None
 
@@ -240,19 +238,19 @@ def test_an_agent_under_a_limit_is_trained_for_what_it_is_judged_by(point, tmp_p
     settings = {"hidden": [8], "critic_hidden": [8], "value_hidden": [8], "vae_hidden": [8]}
     run = quick(point, tmp_path / "a", "a2pr", cost_limits=[3.0, 9.0], settings=settings, members=1)
     config = RunFolder(run.path).config()
-    assert config["agent_config"]["cost_limit"] == [3.0, 9.0]
-    assert config["members"] == ["cost_limit=3 seed=0", "cost_limit=9 seed=0"]
-    table = run.evaluation.table([3.0, 9.0], groups=["cost_limit=3", "cost_limit=9"])
+    assert config.agent_settings["cost_limit"] == [3.0, 9.0]
+    assert config.names == ["cost_limit=3 seed=0", "cost_limit=9 seed=0"]
+    table = run.evaluation.table([3.0, 9.0], groups=groups_of(config.who))
     assert [(r["group"], r["limit"]) for r in table if r["member"] is None] == [
         ("cost_limit=3", 3.0), ("cost_limit=9", 9.0),
     ]  # fmt: skip
     # The other way round: what is trained for is judged.
     run = quick(point, tmp_path / "b", "a2pr", settings=settings | {"cost_limit": 3}, members=1)
-    assert RunFolder(run.path).config()["cost_limits"] == [3.0]
+    assert RunFolder(run.path).config().cost_limits == (3.0,)
     # Its default is a limit like any other.
     run = quick(point, tmp_path / "d", "bc_safe", settings={"hidden": [8]}, members=1)
     config = RunFolder(run.path).config()
-    assert config["cost_limits"] == [config["agent_config"]["cost_limit"]] == [10.0]
+    assert config.cost_limits == (config.settings["cost_limit"],) == (10.0,)
     # An agent that knows no limits is judged all the same.
     capsys.readouterr()
     quick(point, tmp_path / "c", cost_limits=[1e6], members=1, progress=True)
@@ -267,9 +265,9 @@ def test_one_run_trains_members_for_four_limits_at_once(point, tmp_path, agent):
     limits = [5.0, 10.0, 20.0, 40.0]
     run = quick(point, tmp_path / agent, agent, cost_limits=limits, settings=settings, members=2)
     config = RunFolder(run.path).config()
-    assert config["agent_config"]["cost_limit"] == [x for x in limits for _ in range(2)]
-    assert config["members"] == [f"cost_limit={x:g} seed={s}" for x in limits for s in (0, 1)]
-    table = run.evaluation.table(config["cost_limits"], groups=group_names(config["members"]))
+    assert config.agent_settings["cost_limit"] == [x for x in limits for _ in range(2)]
+    assert config.names == [f"cost_limit={x:g} seed={s}" for x in limits for s in (0, 1)]
+    table = run.evaluation.table(config.cost_limits, groups=groups_of(config.who))
     together = [(r["group"], r["limit"], r["members"]) for r in table if r["member"] is None]
     assert together == [(f"cost_limit={x:g}", x, 2) for x in limits]
     assert run.policy().members == 8
