@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from saferl.errors import SaferlError
 
 TREE_ROWS = 2048
 """References from which on scikit-learn searches on the CPU."""
@@ -23,6 +29,35 @@ def blocks(queries: int, references: int) -> tuple[int, int]:
     return rows, max(1, min(references, BLOCK // rows))
 
 
+_trees: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("saferl::tree_search", mutates_args=())
+def tree_search(queries: Tensor, tree: int, k: int) -> Tensor:
+    """Row numbers ``[B, k]`` int64 of the k nearest of queries ``[B, D]``, in no order.
+
+    scikit-learn is no part of torch. As an operator of its own the search is asked anew wherever a
+    recorded or compiled update runs, and not once while it is recorded.
+
+    Args:
+        tree: the number of a `Search` with a tree.
+
+    Raises:
+        SaferlError: that search is gone.
+    """
+    found = _trees.get(tree)
+    if found is None:
+        raise SaferlError("a recorded update asks a neighbour search that is gone: record it anew")
+    rows = found.kneighbors(queries.detach().cpu().numpy(), k, return_distance=False)
+    return torch.from_numpy(rows).to(queries.device)
+
+
+@tree_search.register_fake
+def _(queries: Tensor, tree: int, k: int) -> Tensor:
+    return queries.new_empty((queries.shape[0], k), dtype=torch.int64)
+
+
 class Search:
     """The k nearest of ``references [N, D]``, Euclidean, nearest first.
 
@@ -34,7 +69,7 @@ class Search:
 
     def __init__(self, references: Tensor, tree: bool | None = None):
         """``tree``: use scikit-learn or not; None decides by device and number of references."""
-        self.references, self.index = references, None
+        self.references, self.index, self.number = references, None, -1
         if tree is None:
             tree = references.device.type == "cpu" and len(references) >= TREE_ROWS
         if tree:
@@ -53,8 +88,10 @@ class Search:
         if self.index is None:
             rows = self._block_search(queries, k)
         elif len(queries):
-            found = self.index.kneighbors(queries.cpu().numpy(), k, return_distance=False)
-            rows = torch.from_numpy(found).to(queries.device)
+            if _trees.get(self.number) is not self.index:  # first used, or copied since
+                self.number = next(_numbers)
+                _trees[self.number] = self.index
+            rows = tree_search(queries, self.number, k)
         else:
             rows = torch.empty(0, k, dtype=torch.int64)
         rows = rows.sort(1).values
@@ -64,7 +101,8 @@ class Search:
 
     def _block_search(self, queries: Tensor, k: int) -> Tensor:
         _, step = blocks(len(queries), len(self.references))
-        best, rows = None, None
+        best: Any = None
+        rows: Any = None
         for start in range(0, len(self.references), step):
             block = squared_distances(queries, self.references[start : start + step])
             near, index = block.topk(min(k, block.shape[1]), largest=False)

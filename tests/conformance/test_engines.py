@@ -6,15 +6,22 @@ import numpy as np
 import pytest
 import torch
 
+from saferl.agents.ogsrl import simulate
+from saferl.agents.shared import ood_table
 from saferl.agents.shared.agent import Agent
+from saferl.data import Dataset
 from saferl.errors import SaferlError
+from saferl.models import MODELS
+from saferl.nn.search import TREE_ROWS
 from saferl.registry import agent_class
+from saferl.replay import make_buffer
 from saferl.rollout import VectorEnv
+from saferl.safety.guardians import GUARDIANS, PRESETS
 from saferl.training import compiled
 from saferl.training.engine import Engine
 from saferl.training.online import OnlineEngine
 
-from .test_agents import AGENTS, Room, Setup, cls
+from .test_agents import AGENTS, Room, Setup, cls, make_config
 
 __all__ = ["cls"]
 
@@ -58,6 +65,67 @@ def test_recorded_operations_are_the_update_to_the_bit(cls, monkeypatch):
     expected = eager.agent.state_dict() | engines[0].state_dict()
     for key, tensor in (recorded.agent.state_dict() | engines[1].state_dict()).items():
         assert torch.equal(tensor, expected[key]), key
+
+
+# What an agent may ask in its updates, one at a time beside the defaults. Options keep fits short.
+SHORT = {"ensemble": "steps=5 size=2", "vae": "steps=5"}
+MODEL_OPTIONS = {"ensemble": "epochs=2 ensemble=2 hidden=8,8", "knn": "k=3"}
+ASKED = [{"guardian": name} for name in (*GUARDIANS, *PRESETS)]
+PLAYED = [{"model": name} for name in MODELS] + [{"cost_limit": 0.2, "margin_models": 2}]
+GUARDED = [("discrete_cql", settings) for settings in ASKED]
+GUARDED += [(name, settings) for name in LINE_SEARCH for settings in ASKED + PLAYED]
+GUARDED += [("discrete_ogsrl", {"ood_mode": "mask", "optimiser": "trpo"})]
+guarded_agents = pytest.mark.parametrize(
+    "name,settings", GUARDED, ids=[f"{n}-{'-'.join(map(str, s.values()))}" for n, s in GUARDED]
+)
+
+
+def many_rows(cls, few: bool) -> Dataset:
+    """Of which a guardian is fitted to more than `TREE_ROWS`. ``few``: kinds of observations."""
+    rng, rows = np.random.default_rng(0), 2 * TREE_ROWS
+    ends = np.arange(rows) % 8 == 7
+
+    def drawn(low: int, high: int, *shape: int) -> np.ndarray:
+        if few:
+            return rng.integers(low, high, (rows, *shape)).astype(np.float32)
+        return rng.uniform(low, high, (rows, *shape)).astype(np.float32)
+
+    before, after = drawn(0, 12, 3), drawn(0, 12, 3)
+    actions = rng.integers(4, size=rows) if cls.discrete else drawn(-2, 2, 2)
+    kind = {"n_actions": 4} if cls.discrete else {"action_low": (-2, -2), "action_high": (2, 2)}
+    return Dataset.from_arrays(
+        before, actions, rng.normal(size=rows), ends & (rng.random(rows) < 0.5), ends, after,
+        costs=rng.random(rows), id="many", **kind,
+    )  # fmt: skip
+
+
+def guarded(name: str, settings: dict, kind: str, monkeypatch) -> Engine:
+    """An engine of an agent that asks guardian and model at each update, not tables of them."""
+    for module in (simulate, ood_table):
+        monkeypatch.setattr(module, "MAX_TABLE", 0)
+    cls, found = agent_class(name), {"guardian": "knn"} | settings
+    found["guardian_options"] = SHORT.get(found["guardian"], "")
+    if name in LINE_SEARCH:
+        found |= {"horizon": 3, "episodes": 8, "calibration": 0.4, "critic_updates": 2}
+        found["model_options"] = MODEL_OPTIONS.get(found.get("model", "knn"), "")
+    config = make_config(cls, **found)
+    dataset = cls.prepare(many_rows(cls, found.get("model") == "tabular"), config)
+    agent = cls(dataset.spec(config), config, (5, 6))
+    agent.fit(dataset, lambda line: None)
+    return Engine(agent, make_buffer(dataset, agent.spec, agent.seeds), kind)
+
+
+@guarded_agents
+def test_recorded_operations_ask_guardian_and_model_anew(name, settings, monkeypatch):
+    """To the bit over 20 updates, whatever they leave torch for."""
+    monkeypatch.setattr(compiled, "inductor", lambda module, inputs: module)
+    eager, ours = (guarded(name, settings, kind, monkeypatch) for kind in ("eager", "compile"))
+    eager.run(20), ours.run(20)
+    expected, wanted = eager.agent.state_dict(), eager.read()
+    for key, tensor in ours.agent.state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
+    for key, value in ours.read().items():
+        assert (value == wanted[key]).all(), key
 
 
 def test_bf16_leaves_weights_metrics_and_policy_in_float32(cls):
@@ -124,7 +192,7 @@ def acting(cls, kind: str, steps: int) -> dict:
     return state
 
 
-@pytest.fixture(params=[name for name in AGENTS if agent_class(name).acts])
+@pytest.fixture(params=[name for name in AGENTS if agent_class(name).online])
 def acts(request):
     return agent_class(request.param)
 
@@ -189,9 +257,9 @@ def test_compiled_in_bf16_is_eager_to_its_rounding(name):
 @pytest.mark.parametrize("name", LINE_SEARCH)
 @pytest.mark.filterwarnings("ignore:engine compile:RuntimeWarning")  # the policy's step gives way
 def test_compiled_is_as_near_to_eager_as_eager_with_rounded_weights(name):
-    """In the first compiled update, which is the third."""
+    """In the first compiled update, which is the fourth."""
     runs = [{"kind": "eager"}, {"kind": "compile"}, {"kind": "eager", "noise": 1e-7}]
-    eager, *others = (trained(agent_class(name), updates=3, **run)[0] for run in runs)
+    eager, *others = (trained(agent_class(name), updates=4, **run)[0] for run in runs)
     keys = [key for key, tensor in eager.items() if tensor.is_floating_point() and tensor.numel()]
     compiled, rounded = (max((s[k] - eager[k]).abs().max() for k in keys) for s in others)
     assert 0 < compiled <= 2 * rounded
@@ -205,7 +273,7 @@ def test_compiled_is_eager_in_each_update_from_the_same_state(name):
     """Or it is eager from weights that rounding has moved, in the few updates on a kink."""
     eager, ours = Setup(agent_class(name)), Setup(agent_class(name))
     first, second = Engine(eager.agent, eager.buffer), Engine(ours.agent, ours.buffer, "compile")
-    first.run(2), second.run(2)  # until here nothing is compiled
+    first.run(2), second.run(2)  # until here nothing is compiled, and the third is eager's
 
     def near(state: dict, other: dict) -> bool:
         return all(
@@ -249,6 +317,24 @@ def moved(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
         for key, tensor in state.items()
         if key.startswith("critic.")
     }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@guarded_agents
+@pytest.mark.filterwarnings("ignore:engine compile:RuntimeWarning")  # the policy's step gives way
+def test_compiled_asks_guardian_and_model_anew(name, settings, monkeypatch):
+    """Each of 20 updates begins from eager's state; a few rows may be on an edge of the answers."""
+    eager, ours = (guarded(name, settings, kind, monkeypatch) for kind in ("eager", "compile"))
+    for update in range(20):
+        for key, tensor in ours.agent.state_dict().items():
+            if tensor.is_floating_point():  # in place: what is compiled works on this very memory
+                tensor.copy_(eager.agent.state_dict()[key])
+        eager.run(1), ours.run(1)
+        expected, found = eager.read(), ours.read()
+        for key in ("ood_rate", "predicted_return", "predicted_length", "critic_loss"):
+            if key in expected:
+                assert found[key] == pytest.approx(expected[key], rel=0.1, abs=0.1), (update, key)
 
 
 @pytest.mark.gpu

@@ -72,6 +72,16 @@ def test_a_read_on_the_host_is_an_error_that_names_its_line(name):
     updated(agent_that(READS[name]), "eager")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda agent, x: x + x[x > 0].mean(), lambda agent, x: x + len(x.nonzero())],
+    ids=["mask", "nonzero"],
+)
+def test_a_shape_that_depends_on_values_is_an_error_that_names_its_line(change):
+    with pytest.raises(SaferlError, match=rf"{line_of(change)} .*shape depends on values"):
+        updated(agent_that(change), "compile")
+
+
 def anew(agent, x):
     agent.total = getattr(agent, "total", torch.zeros(())) + x.mean()
     return x + agent.total
