@@ -61,7 +61,7 @@ from saferl.nn import VAE, DeterministicActor, QEnsemble, VEnsemble, polyak
 from saferl.replay import Batch
 from saferl.rng import MemberRandom
 
-from .shared.agent import Agent, Metrics
+from .shared.agent import Metrics
 from .shared.constraint import CostConfig, CostLimited, Weights
 
 GUIDANCE = ("reconstruction", "prior", "data")
@@ -92,7 +92,7 @@ class A2PRConfig(CostConfig):
     tau: float = 0.005  # Polyak rate of the targets per actor update
 
 
-class A2PR(CostLimited, Agent):
+class A2PR(CostLimited[A2PRConfig]):
     Config = A2PRConfig
     per_member = frozenset(
         {"alpha", "mask", "vae_weight", "discount", "cost_limit", "cost_discount", "multiplier_lr"}
@@ -145,7 +145,8 @@ class A2PR(CostLimited, Agent):
         self.minimise(self.value_optimizer, value_loss)
         v = v.detach()  # before V's step
 
-        weights, cost_metrics = None, {}
+        weights: Weights | None = None
+        cost_metrics: Metrics = {}
         if self.constraint is not None:
             data_cost, cost_v, cost_metrics = self.learn_cost_values(batch, next_actions)
             weights = self.constraint.weights(data_q)

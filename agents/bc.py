@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
 from saferl.nn import CategoricalActor, DeterministicActor
 from saferl.replay import Batch
@@ -40,11 +41,11 @@ class BCConfig(AgentConfig):
     best_fraction: float = 1.0  # share of complete episodes kept, highest undiscounted return first
 
 
-class _Cloning(Agent):
-    Config = BCConfig
+class _Cloning(Agent[Any]):
+    Config: ClassVar[type[Any]] = BCConfig
 
     @classmethod
-    def prepare(cls, dataset: Any, config: AgentConfig) -> Any:
+    def prepare(cls, dataset: Dataset, config: Any) -> Dataset:
         """The best ``config.best_fraction`` of the dataset's complete episodes (at least one)."""
         fraction = check_fraction(config.best_fraction)
         if fraction == 1:

@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
 from saferl.safety.limits import check_limit, no_costs
 
@@ -52,7 +53,7 @@ class BCSafe(BC):
     needs_costs: ClassVar[bool] = True
 
     @classmethod
-    def prepare(cls, dataset: Any, config: BCSafeConfig) -> Any:
+    def prepare(cls, dataset: Dataset, config: Any) -> Dataset:
         """The dataset, of which `rows` says who clones what.
 
         Raises:
@@ -76,12 +77,12 @@ class BCSafe(BC):
             )
         return dataset
 
-    def rows(self, dataset: Any) -> Sequence[np.ndarray]:
+    def rows(self, dataset: Dataset) -> Sequence[np.ndarray]:
         """The rows that each member clones; never those of a fragment, which has no cost yet."""
         found = {which: dataset.rows_of(kept) for which, kept in self._kept(dataset).items()}
         return [found[which] for which in self._which()]
 
-    def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
+    def fit(self, dataset: Dataset, say: Callable[[str], None]) -> None:
         """Say how much is cloned."""
         lengths = dataset.episode_lengths()
         for (limit, fraction), kept in self._kept(dataset).items():
@@ -94,7 +95,7 @@ class BCSafe(BC):
     def _which(self) -> list[tuple[float, float]]:
         return list(zip(self.column("cost_limit"), self.column("best_fraction")))
 
-    def _kept(self, dataset: Any) -> dict[tuple[float, float], np.ndarray]:
+    def _kept(self, dataset: Dataset) -> dict[tuple[float, float], np.ndarray]:
         """Numbers of the episodes that are cloned under each limit and fraction."""
         costs, returns = _costs(dataset), np.asarray(dataset.episode_returns(), np.float32)
         found = {}

@@ -42,7 +42,7 @@ from saferl.replay import Batch
 from saferl.rng import MemberRandom
 from saferl.safety.multipliers import Multipliers
 
-from .shared.agent import Agent, Metrics
+from .shared.agent import Metrics
 from .shared.constraint import costs_of
 from .shared.limited import Limited, LimitedConfig
 
@@ -112,7 +112,7 @@ class BCQActor(nn.Module):
         return self.act(observations, random.normal(observations.shape[1], self.vae.latent_dim))
 
 
-class BCQLag(Limited, Agent):
+class BCQLag(Limited[BCQLagConfig]):
     Config = BCQLagConfig
     per_member = frozenset({"cost_limit", "cost_discount", "discount"})
 

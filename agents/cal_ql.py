@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,11 +49,12 @@ class CalQLConfig(OnlineConfig, CQLConfig):
 
 class CalQL(CQL):
     Config = CalQLConfig
+    config: CalQLConfig
     online = True
     per_member = (CQL.per_member - {"discount"}) | {"exploration_budget"}
 
     @classmethod
-    def batch_extras(cls, config: CalQLConfig) -> tuple[Extra, ...]:
+    def batch_extras(cls, config: Any) -> tuple[Extra, ...]:
         return (ReturnsToGo(config.discount, config.failure_reward),)
 
     def calibrate(self, values: Tensor, batch: Batch) -> Tensor:

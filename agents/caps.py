@@ -46,6 +46,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
 from saferl.nn import MLP, Policy, QEnsemble, VEnsemble, polyak
 from saferl.nn.policies import gaussian_log_prob
@@ -153,7 +154,7 @@ class Switch(nn.Module):
         return (mean + std * random.normal(*mean.shape[1:])).clamp(-1, 1)
 
 
-class CAPS(Agent):
+class CAPS(Agent[CAPSConfig]):
     Config = CAPSConfig
     per_member = frozenset(
         {"cost_limit", "discount", "expectile", "cost_expectile", "beta", "cost_beta"}
@@ -161,7 +162,7 @@ class CAPS(Agent):
     needs_costs: ClassVar[bool] = True
 
     @classmethod
-    def prepare(cls, dataset: Any, config: CAPSConfig) -> Any:
+    def prepare(cls, dataset: Dataset, config: Any) -> Dataset:
         """All of the dataset.
 
         Raises:

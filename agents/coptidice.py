@@ -43,13 +43,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
 from saferl.nn import MLP, TanhGaussianActor, VEnsemble
 from saferl.nn.data_buffers import DataBuffers
 from saferl.replay import Batch
 from saferl.rng import MemberRandom
 
-from .shared.agent import Agent, Metrics
+from .shared.agent import Metrics
 from .shared.constraint import costs_of
 from .shared.limited import Limited, LimitedConfig
 
@@ -75,6 +76,9 @@ class COptiDICEConfig(LimitedConfig):
 class Starts(DataBuffers):
     """First observations of the logged episodes, in the agent's units; all members share them."""
 
+    # Tensors once there are data, None before.
+    rows: Any
+
     def __init__(self):
         super().__init__()
         self.declare("rows")  # [N, O]
@@ -89,7 +93,7 @@ class Starts(DataBuffers):
         return self.rows[random.integers(len(self.rows), count)]
 
 
-class COptiDICE(Limited, Agent):
+class COptiDICE(Limited[COptiDICEConfig]):
     Config = COptiDICEConfig
     per_member = frozenset({"cost_limit", "discount", "alpha", "overestimation"})
     discount_of_costs = "discount"
@@ -111,7 +115,7 @@ class COptiDICE(Limited, Agent):
         parameters = self.nu, self.chi, self.log_lambda, self.log_tau
         self.optimizer = self.adam(*parameters, lr=c.lr)
 
-    def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
+    def fit(self, dataset: Dataset, say: Callable[[str], None]) -> None:
         """Keep the first observations of the episodes, a trailing fragment's among them."""
         super().fit(dataset, say)
         first = dataset.episodes[:, 0].tolist()

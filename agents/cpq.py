@@ -35,17 +35,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
 from saferl.nn import VAE, QEnsemble, TanhGaussianActor, polyak
 from saferl.replay import Batch
 from saferl.rng import MemberRandom
 
-from .shared.agent import Agent, Metrics
+from .shared.agent import Metrics
 from .shared.constraint import CostCritic, costs_of
 from .shared.limited import Limited, LimitedConfig
 
@@ -70,7 +70,7 @@ class CPQConfig(LimitedConfig):
     tau: float = 0.005  # Polyak rate of the targets per update
 
 
-class CPQ(Limited, Agent):
+class CPQ(Limited[CPQConfig]):
     Config = CPQConfig
     per_member = frozenset({"cost_limit", "cost_discount", "discount", "alpha", "ood_cost"})
 
@@ -96,7 +96,7 @@ class CPQ(Limited, Agent):
         self.critic_optimizer = self.adam(self.critic, lr=c.critic_lr)
         self.cost_optimizer = self.adam(self.cost_critic.online, lr=c.critic_lr)
 
-    def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
+    def fit(self, dataset: Dataset, say: Callable[[str], None]) -> None:
         """Say what each limit is to the losses, and warn of negative rewards."""
         super().fit(dataset, say)
         lowest = float(self.spec.rewards(dataset.rewards).min())

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class CQLConfig(AgentConfig):
     log_std_offset: float = -1.0  # trained c, at the start
 
 
-class CQL(Agent):
+class CQL(Agent[CQLConfig]):
     Config = CQLConfig
     per_member = frozenset({"discount", "weight", "target_gap", "temperature"})
 
@@ -88,7 +89,7 @@ class CQL(Agent):
             init, o, a, c.hidden, final_init=xavier(1e-2), scale_log_std=True, log_std_start=start,
             layer_norm=c.actor_layer_norm,
         )  # fmt: skip
-        inits = torch_default, xavier(1e-2)
+        inits: tuple[Any, Any] = torch_default, xavier(1e-2)
         if c.orthogonal_init:
             inits = orthogonal(), orthogonal(1e-2)
         layer_norm = c.critic_layer_norm

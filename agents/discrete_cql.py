@@ -39,11 +39,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saferl.data.dataset import Dataset
 from saferl.nn import DiscreteQEnsemble, polyak
 from saferl.replay import Batch
 from saferl.rng import MemberRandom
 from saferl.runs.settings import parse_options
-from saferl.safety.guardians import Guardian
 from saferl.safety.guardians.fitting import fit_guardian, guardian_for, split
 
 from .shared.agent import Agent, AgentConfig, Metrics
@@ -72,15 +72,15 @@ class DiscreteCQLConfig(AgentConfig):
     balance: bool = False  # re-sample episodes by their most frequent action
 
 
-class DiscreteCQL(Agent):
+class DiscreteCQL(Agent[DiscreteCQLConfig]):
     Config = DiscreteCQLConfig
     discrete = True
     per_member = frozenset({"weight", "discount", "ood_value"})
     shared = frozenset({"answers."})
-    answers: Answers | None = None  # g; None: there is none
+    answers: Any = None  # `Answers` of g; None: there is none
 
     @classmethod
-    def prepare(cls, dataset: Any, config: DiscreteCQLConfig) -> Any:
+    def prepare(cls, dataset: Dataset, config: Any) -> Dataset:
         """All of the dataset, or its episodes re-sampled."""
         dataset = super().prepare(dataset, config)
         return balanced(dataset) if config.balance else dataset
@@ -100,11 +100,11 @@ class DiscreteCQL(Agent):
             self._mean, self._std = torch.tensor((mean, std), device=self.device)
 
     @property
-    def guardian(self) -> Guardian | None:
+    def guardian(self) -> Any:
         """g, calibrated once the agent is fitted."""
         return None if self.answers is None else self.answers.guardian
 
-    def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
+    def fit(self, dataset: Dataset, say: Callable[[str], None]) -> None:
         """Fit the guardian to the episodes that are trained on, each counted once.
 
         Raises:

@@ -28,13 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saferl.data.dataset import Dataset
 from saferl.data.nstep import n_step
 from saferl.errors import SaferlError
 from saferl.nn import DeterministicActor, QEnsemble, orthogonal, polyak
 from saferl.replay import Batch
 from saferl.rng import MemberRandom
 
-from .shared.agent import Agent, Metrics
+from .shared.agent import Metrics
 from .shared.pixels import PixelAgent, PixelConfig
 
 EDGE = 1 - 1e-6  # actions with noise are kept within this
@@ -58,13 +59,13 @@ class DrQBCConfig(PixelConfig):
     tau: float = 0.01  # Polyak rate of the targets per update
 
 
-class DrQBC(PixelAgent, Agent):
+class DrQBC(PixelAgent[DrQBCConfig]):
     Config = DrQBCConfig
     pixels = True
     per_member = frozenset({"alpha"})
 
     @classmethod
-    def prepare(cls, dataset: Any, config: DrQBCConfig) -> Any:
+    def prepare(cls, dataset: Dataset, config: Any) -> Dataset:
         """The dataset's n-step transitions.
 
         Raises:
@@ -83,7 +84,7 @@ class DrQBC(PixelAgent, Agent):
 
     def build(self, init: MemberRandom) -> None:
         c, a = self.config, self.spec.action_dim
-        layers = {"hidden_init": orthogonal(1.0), "final_init": orthogonal(1.0)}
+        layers: dict[str, Any] = {"hidden_init": orthogonal(1.0), "final_init": orthogonal(1.0)}
         self.actor, self.critic = self.behind_pixels(
             init,
             DeterministicActor(init, c.features, a, c.hidden, **layers),

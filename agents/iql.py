@@ -47,7 +47,7 @@ class IQLConfig(AgentConfig):
     actor_dropout: float = 0.0  # of hidden units, in training only
 
 
-class IQL(Agent):
+class IQL(Agent[IQLConfig]):
     Config = IQLConfig
     per_member = frozenset({"expectile", "beta", "discount"})
 

@@ -28,5 +28,6 @@ class IQLFinetuneConfig(OnlineConfig, IQLConfig):
 
 class IQLFinetune(IQL):
     Config = IQLFinetuneConfig
+    config: IQLFinetuneConfig
     online = True
     per_member = IQL.per_member | {"exploration_budget"}

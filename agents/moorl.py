@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,7 @@ class MOORLConfig(SACConfig):
 
 class MOORL(SAC):
     Config = MOORLConfig
+    config: MOORLConfig
     needs_dataset = True
     per_member = SAC.per_member | {"eta", "offline_share"}
 
@@ -93,11 +95,12 @@ class MOORL(SAC):
             moving.append(self.log_temperature)
         self._moving = moving
         self._meta = [torch.empty_like(p, device=self.device) for p in moving]  # φ_m, θ_m
-        self._back: float | list[Tensor] = 1 - self.scalar("eta", 0)
+        self._back: Any = 1 - self.scalar("eta", 0)
         if isinstance(self._back, Tensor):  # one η per member
-            self._back = [(1 - self.scalar("eta", p.dim() - 1)).expand_as(p) for p in moving]
+            rates: Any = (1 - self.scalar("eta", p.dim() - 1) for p in moving)
+            self._back = [rate.expand_as(p) for rate, p in zip(rates, moving)]
 
-    def adam(self, *networks: nn.Module | nn.Parameter, lr: float) -> torch.optim.Optimizer:
+    def adam(self, *networks: nn.Module | nn.Parameter, lr: Any) -> Any:
         """The inner optimiser."""
         optimizer = super().adam(*networks, lr=lr)
         group = optimizer.param_groups[0]

@@ -32,4 +32,5 @@ class RLPDConfig(SACConfig):
 
 class RLPD(SAC):
     Config = RLPDConfig
+    config: RLPDConfig
     needs_dataset = True

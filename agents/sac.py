@@ -35,13 +35,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError, unknown
 from saferl.nn import QEnsemble, TanhGaussianActor, orthogonal, polyak, torch_default, xavier
 from saferl.replay import Batch
 from saferl.rng import MemberRandom
 from saferl.safety.limits import no_costs
 
-from .shared.agent import Agent, Metrics
+from .shared.agent import Metrics
 from .shared.config import at_least, member_values
 from .shared.constraint import CostConfig, CostLimited
 from .shared.online import OnlineConfig
@@ -96,7 +97,7 @@ class SACConfig(CostConfig, OnlineConfig, PixelConfig):
         return self.inner_steps
 
 
-class SAC(CostLimited, PixelAgent, Agent):
+class SAC(CostLimited[SACConfig], PixelAgent[SACConfig]):
     Config = SACConfig
     online = True
     needs_dataset = False
@@ -107,7 +108,7 @@ class SAC(CostLimited, PixelAgent, Agent):
     )
 
     @classmethod
-    def prepare(cls, dataset: Any, config: SACConfig) -> Any:
+    def prepare(cls, dataset: Dataset, config: Any) -> Dataset:
         """All of the dataset.
 
         Raises:
@@ -204,9 +205,8 @@ class SAC(CostLimited, PixelAgent, Agent):
     def target(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """y ``[M, B]``, and the actions a' ``[M, B, A]`` at s' that it values."""
         c = self.config
-        actions, log_prob = TanhGaussianActor.squash(
-            *self.actor(batch.next_observations), self.noise(batch)
-        )
+        mean, log_std = self.actor(batch.next_observations)
+        actions, log_prob = TanhGaussianActor.squash(mean, log_std, self.noise(batch))
         q = self.critic_target(batch.next_observations, actions)
         if 0 < c.target_critics < c.critics:
             if c.target_replacement:
@@ -242,7 +242,8 @@ class SAC(CostLimited, PixelAgent, Agent):
     def actor_loss(self, batch: Batch, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """L_π, and without a gradient the policy's entropy and under a limit J, each ``[M]``."""
         observations, cost = batch.observations, None
-        actions, log_prob = TanhGaussianActor.squash(*self.actor(observations), self.noise(batch))
+        mean, log_std = self.actor(observations)
+        actions, log_prob = TanhGaussianActor.squash(mean, log_std, self.noise(batch))
         values = self.critic(observations, actions, frozen=True)
         value = values.amin(1) if self.config.actor_value == "min" else values.mean(1)
         if self.constraint is not None:

@@ -40,7 +40,7 @@ class TD3BCConfig(AgentConfig):
     tau: float = 0.005  # Polyak rate of the targets per actor update
 
 
-class TD3BC(Agent):
+class TD3BC(Agent[TD3BCConfig]):
     Config = TD3BCConfig
     per_member = frozenset({"alpha", "discount", "policy_noise"})
 

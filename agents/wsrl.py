@@ -44,4 +44,5 @@ class WSRLConfig(SACConfig):
 
 class WSRL(SAC):
     Config = WSRLConfig
+    config: WSRLConfig
     pretrained = True

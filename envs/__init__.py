@@ -17,12 +17,13 @@ from typing import Any
 from gymnasium.envs.registration import register, registry
 
 from . import adapters, dmc, epicare, mazes
-from .wrappers import CostWrapper, SixValueAdapter, adapt_cost
+from .wrappers import CostWrapper, FlattenActions, SixValueAdapter, adapt_cost
 
 __all__ = [
     "HORIZON",
     "VELOCITY_THRESHOLDS",
     "CostWrapper",
+    "FlattenActions",
     "SixValueAdapter",
     "adapt_cost",
     "register_envs",

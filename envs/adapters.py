@@ -143,15 +143,17 @@ class AdaptedEnv(gymnasium.Env):
 
     def __init__(self, task: str):
         spec = gymnasium.spec(task)
-        self.horizon = int(spec.max_episode_steps)
+        self.horizon = int(spec.max_episode_steps or 0)
         # The package's own make, or gymnasium's, would wrap it in what the other does not know.
         # Both give their float64 boxes float32 bounds, which gymnasium compares with an overflow.
         with np.errstate(over="ignore"), _older_numpy():
-            self.inner = load_env_creator(spec.entry_point)(**copy.deepcopy(spec.kwargs))
+            entry: Any = spec.entry_point
+            self.inner: Any = load_env_creator(entry)(**copy.deepcopy(spec.kwargs))
             # Their float64 boxes, of which some bounds overflow to infinity.
+            spaces: tuple[Any, Any] = self.inner.observation_space, self.inner.action_space
             self.observation_space, self.action_space = (
                 Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)
-                for space in (self.inner.observation_space, self.inner.action_space)
+                for space in spaces
             )
         self._elapsed = 0
 
@@ -256,7 +258,7 @@ def _older_modules() -> Iterator[None]:
     from gymnasium import wrappers
 
     placeholder = type("Removed", (gymnasium.Wrapper,), {})
-    supplied = {
+    supplied: dict[str, Any] = {
         "compatibility": {"EnvCompatibility": placeholder},
         "autoreset": {"AutoResetWrapper": placeholder},
         "normalize": {

@@ -169,7 +169,7 @@ def _mixture(
         ),
     ).replace(**overrides)
     sources = [load(source, size, seed, progress) for source in (good, bad)]
-    mixed = Dataset.mix(*sources, share, seed, size)
+    mixed = Dataset.mix(sources[0], sources[1], share, seed, size)
     arrays = {field: getattr(mixed, field) for field in Dataset.FIELDS}
     card = card.noted(mixed.card.notes[-1])  # how many rows came from the better level
     return Dataset.from_arrays(**arrays, card=card, clip_actions=clip)
@@ -237,7 +237,9 @@ def _describe(robot: str, index: int | None, share: float) -> str:
     if index is None:
         return text + "random actions"
     policies = _manifest()["robots"][robot].get("policies", [])
-    facts = next((policy for policy in policies if policy.get("index") == index), {})
+    facts: dict[str, Any] = next(
+        (policy for policy in policies if policy.get("index") == index), {}
+    )
     known = [f"{k} {facts[k]:g}" for k in ("penalty", "step", "return", "cost") if k in facts]
     return text + f"policy {index}" + (f" ({', '.join(known)})" if known else "")
 

@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 from ctypes.util import find_library
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -102,7 +102,8 @@ class DMControlEnv(gymnasium.Env):
         SaferlError: dm_control is not installed or cannot render here, or it has no such task.
     """
 
-    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 20}
+    # Declared by gymnasium as an attribute of the object.
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012
 
     def __init__(
         self,
@@ -206,8 +207,8 @@ def record(env: Any, episodes: int, policy: Any = None, seed: int = 0) -> Datase
         if not getattr(inner, "pixels", 0):
             raise SaferlError("record is for pixels: take a dmc/…-pixels-v0 environment")
         low, high = made.action_space.low, made.action_space.high
-        frames, at, start = [], [], []
-        actions, rewards, terminals, timeouts = [], [], [], []
+        columns: tuple[list[Any], ...] = tuple([] for _ in range(7))
+        frames, at, start, actions, rewards, terminals, timeouts = columns
         for episode in range(episodes):
             observation, _ = made.reset(seed=seed + episode)
             first, ended = len(frames), False

@@ -173,6 +173,7 @@ def _chunks(
             if baseline is not None:
                 treatments = baseline.choose(patients)
             else:
+                assert not isinstance(policy, str)
                 treatments = check_treatments(policy(before), count)
             visit = patients.step(treatments)
             past.add(treatments, patients.symptoms)
@@ -264,6 +265,7 @@ def load(
     match = re.fullmatch(r"epicare-(\d)-([a-z]+)(?:-([a-z]+))?-v0", name)
     if name not in ids():
         raise unknown("EpiCare dataset", name, ids())
+    assert match is not None  # every known id has this form
     number, policy, variant = int(match[1]), match[2], match[3] or ""
     cost, penalty = VARIANTS[variant]
     if size is not None and episodes is not None:

@@ -38,7 +38,7 @@ def show(progress: bool | None) -> bool:
 
 
 def generated(
-    recipe: dict[str, Any], card: Card, generate: Callable[[], dict[str, np.ndarray]]
+    recipe: dict[str, Any], card: Card, generate: Callable[[], dict[str, Any]]
 ) -> Dataset:
     """The dataset of a recipe: from the cache, or made by ``generate()`` and kept there.
 
@@ -57,7 +57,7 @@ def generated(
         dataset = Dataset.from_arrays(**arrays, card=card)
         meta = {"recipe": recipe, "fingerprint": dataset.fingerprint, "made_with": _versions()}
         # Absent costs stay absent.
-        content = {key: array for key, array in arrays.items() if array is not None}
+        content: dict[str, Any] = {key: array for key, array in arrays.items() if array is not None}
         content["meta"] = json.dumps(meta)
         atomic_write(path, lambda temporary: np.savez(temporary, **content), ADVICE)
     return dataset

@@ -17,6 +17,7 @@ Under ``strategy="mean"`` any other action does what a random admissible one doe
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -203,7 +204,7 @@ def observations(observation: str = "features", doses: bool = True) -> np.ndarra
     _check("observation", observation, OBSERVATIONS)
     if observation == "index":
         return np.arange(STATES, dtype=np.float32)[:, None]
-    names = FEATURES if observation == "features" else OGSRL13
+    names: Sequence[str] = FEATURES if observation == "features" else OGSRL13
     names = [name for name in names if doses or name not in DOSES]
     return tables().features[:, [FEATURES.index(name) for name in names]].astype(np.float32)
 
@@ -292,7 +293,7 @@ def make_dataset(
     defaults = inspect.signature(ICUSepsisEnv).parameters
     changed = {k: v for k, v in options.items() if v != defaults[k].default}
     env_id = next((name for name, settings in ENVS.items() if settings == changed), None)
-    kind = {"n_actions": ACTIONS}
+    kind: dict[str, Any] = {"n_actions": ACTIONS}
     if actions == "levels":
         kind = {"action_low": (-1.0, -1.0), "action_high": (1.0, 1.0)}
     card = Card(

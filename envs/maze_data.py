@@ -135,7 +135,7 @@ def load(
     return dataset if changed == card else dataset.with_card(**overrides)
 
 
-def _generate(maze: str, recipe: dict[str, Any], progress: bool) -> dict[str, np.ndarray]:
+def _generate(maze: str, recipe: dict[str, Any], progress: bool) -> dict[str, Any]:
     """Arrays of `Dataset` for a recipe."""
     from tqdm import trange
 

@@ -20,7 +20,7 @@ import contextlib
 import importlib
 import io
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -83,7 +83,8 @@ class _MazeEnv(gymnasium.Env):
     - offset: what is added to its positions to give D4RL's.
     """
 
-    metadata: ClassVar = {
+    # Declared by gymnasium as an attribute of the object.
+    metadata: dict[str, Any] = {  # noqa: RUF012
         "render_modes": ["human", "rgb_array", "depth_array"],
         "render_fps": 50,
     }

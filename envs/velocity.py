@@ -13,6 +13,7 @@ The classes extend the robots' own classes: a wrapper would add a call to every 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from gymnasium.envs.mujoco.ant_v4 import AntEnv
 from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
@@ -30,6 +31,7 @@ class _VelocityCost:
 
     robot: str
     planar = False
+    _ezpickle_kwargs: dict[str, Any]
 
     def __init__(self, *args, velocity_threshold: float | None = None, **kwargs):
         """``velocity_threshold``: metres per second; the task's own when None.
@@ -49,7 +51,8 @@ class _VelocityCost:
         self.velocity_threshold = float(velocity_threshold)
 
     def step(self, action):
-        observation, reward, terminated, truncated, info = super().step(action)
+        robot: Any = super()
+        observation, reward, terminated, truncated, info = robot.step(action)
         speed = info["x_velocity"]
         if self.planar:
             speed = math.sqrt(speed**2 + info["y_velocity"] ** 2)

@@ -1,7 +1,8 @@
-"""Wrappers that put a cost where the library reads it: ``info["cost"]``, one float per step.
+"""Wrappers that fit an environment to the library.
 
-`CostWrapper` gives any gymnasium environment a cost computed from its transitions; `adapt_cost`
-turns the six-value steps of Safety-Gymnasium and its relatives into gymnasium's five.
+Costs belong in ``info["cost"]``, one float per step: `CostWrapper` gives any gymnasium environment
+a cost computed from its transitions; `adapt_cost` turns the six-value steps of Safety-Gymnasium and
+its relatives into gymnasium's five. `FlattenActions` makes one integer of several.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium
+import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
 from saferl.errors import SaferlError
+from saferl.spec import action_levels
 
 CostFunction = Callable[[Any, Any, Any, dict[str, Any]], float]
 """``cost(observation, action, next_observation, info)``: user units, 0 or more, for one step."""
@@ -119,3 +122,38 @@ class SixValueAdapter(_CostReporter):
 def adapt_cost(env: gymnasium.Env) -> gymnasium.Env:
     """``env`` with five-value steps and its cost in ``info["cost"]``; see `SixValueAdapter`."""
     return env if isinstance(env, SixValueAdapter) else SixValueAdapter(env)
+
+
+class FlattenActions(gymnasium.ActionWrapper, RecordConstructorArgs):
+    """``MultiDiscrete`` or ``MultiBinary`` actions as one integer, the first number slowest.
+
+    >>> env = FlattenActions(env)  # MultiDiscrete([3, 4]) to Discrete(12)  # doctest: +SKIP
+
+    The same integers as those of a dataset that is loaded with ``action_levels=env.levels``, and as
+    a guardian's with ``levels``. `number` is the way back, for actions that were logged elsewhere.
+
+    Raises `SaferlError` when the environment's actions are neither.
+    """
+
+    def __init__(self, env: gymnasium.Env):
+        levels = action_levels(env.action_space)
+        if levels is None:
+            raise SaferlError(
+                f"FlattenActions is for MultiDiscrete and MultiBinary actions, got "
+                f"{env.action_space}: leave it out"
+            )
+        RecordConstructorArgs.__init__(self)
+        gymnasium.ActionWrapper.__init__(self, env)
+        self.levels = levels
+        self.action_space = gymnasium.spaces.Discrete(math.prod(levels))
+
+    def action(self, action: Any) -> np.ndarray:
+        """The numbers that the environment takes, from one integer."""
+        space = self.env.action_space
+        numbers = np.array(np.unravel_index(int(action), self.levels)).reshape(space.shape)
+        return (numbers + getattr(space, "start", 0)).astype(space.dtype)
+
+    def number(self, action: Any) -> int:
+        """One integer from the numbers that the environment takes."""
+        digits = np.ravel(np.asarray(action) - getattr(self.env.action_space, "start", 0))
+        return int(np.ravel_multi_index(tuple(digits.astype(int)), self.levels))

@@ -17,20 +17,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from saferl.data import Card, Dataset, from_dataframe, load_dataset, save_dataset
     from saferl.errors import SaferlError
-    from saferl.evaluation import evaluate
+    from saferl.evaluation.evaluate import evaluate as evaluate
     from saferl.nn import Policy
     from saferl.registry import make_env, register_agent, register_dataset
     from saferl.replay import ReplayBuffer
-    from saferl.training import (
-        evaluate_run,
-        gathered,
-        load_agent,
-        make_agent,
-        merge,
-        resume,
-        split,
-        train,
-    )
+    from saferl.runs.gathered import gathered as gathered
+    from saferl.runs.split import merge, split
+    from saferl.training.evaluate import evaluate_run
+    from saferl.training.train import load_agent, make_agent, resume
+    from saferl.training.train import train as train
 
 __version__ = "0.1.0"
 

@@ -65,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
         """One line: the usage of a command with many options would bury it."""
         raise SaferlError(f"{message}: see {self.prog} --help")
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+    def parse_known_args(self, args=None, namespace=None):
         """Nothing is left over: the command that was given names what it does not know."""
         known, rest = super().parse_known_args(args, namespace)
         if rest:

@@ -61,7 +61,10 @@ class Spec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Spec:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)
 
     @classmethod
     def from_spaces(cls, observation_space: Any, action_space: Any) -> Spec:
@@ -72,10 +75,7 @@ class Spec:
         if isinstance(action_space, gymnasium.spaces.Discrete):
             return cls(observation_dim, int(action_space.n), discrete=True)
         if not isinstance(action_space, gymnasium.spaces.Box):
-            raise SaferlError(
-                f"action space {action_space} is neither Box nor Discrete: wrap the environment so "
-                "that it is"
-            )
+            raise SaferlError(neither_box_nor_discrete(action_space))
         low, high = action_space.low.ravel(), action_space.high.ravel()
         pixels = observation_space.dtype == np.uint8 and len(observation_space.shape or ()) == 3
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
@@ -122,13 +122,38 @@ class Spec:
     def raw_observations(self, observations: np.ndarray) -> np.ndarray:
         if not self.observation_mean:
             return observations
-        std, mean = (np.float32(x) for x in (self.observation_std, self.observation_mean))
+        std, mean = (np.array(x, np.float32) for x in (self.observation_std, self.observation_mean))
         return observations * std + mean
 
     def raw_actions(self, actions: np.ndarray) -> np.ndarray:
         """Continuous ones."""
-        low, high = np.float32(self.action_low), np.float32(self.action_high)
+        low, high = (np.array(x, np.float32) for x in (self.action_low, self.action_high))
         return low + (high - low) * (actions + 1) / 2
 
     def raw_rewards(self, rewards: np.ndarray) -> np.ndarray:
         return (rewards - np.float32(self.reward_shift)) / np.float32(self.reward_scale)
+
+
+def action_levels(space: Any) -> tuple[int, ...] | None:
+    """Levels of each number of an action of ``MultiDiscrete`` or ``MultiBinary``, else None."""
+    import gymnasium
+
+    if isinstance(space, gymnasium.spaces.MultiDiscrete):
+        return tuple(int(level) for level in np.ravel(space.nvec))
+    if isinstance(space, gymnasium.spaces.MultiBinary):
+        return (2,) * int(np.prod(space.shape))
+    return None
+
+
+def neither_box_nor_discrete(space: Any) -> str:
+    """What is wrong with an action space, and the remedy."""
+    levels = action_levels(space)
+    if levels is None:
+        return (
+            f"action space {space} is neither Box nor Discrete: wrap the environment so that it is"
+        )
+    return (
+        f"action space {space} has several numbers per action: wrap the environment in "
+        "saferl.envs.FlattenActions, which makes one integer of each combination, as the data do "
+        f"with action_levels={levels}"
+    )

@@ -27,6 +27,8 @@ Where the paper and its code differ the paper is followed; docs/agents/ogsrl.md 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -96,7 +98,7 @@ class _Learner(Guarded):
         def decide(places: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
             nonlocal known
             rows = self._rows(places, allowed)
-            if known is None or rows.index is None:
+            if known is None or rows.places is None:
                 known = self._distribution(rows.observations, rows.allowed)
             return self._decide(rows.pick(known))
 
@@ -170,11 +172,11 @@ class _Learner(Guarded):
         costs = (powers * found[..., 1:] * rollout.alive[..., None]).flatten(1, 2)  # [M, B, C]
         with torch.no_grad():
             old = self._distribution(rows.observations, rows.allowed)
-            old_log_prob = self._log_prob(old, actions, rows.index)
+            old_log_prob = self._log_prob(old, actions, rows.places)
 
         def surrogates() -> Surrogates:
             now = self._distribution(rows.observations, rows.allowed)
-            ratio = (self._log_prob(now, actions, rows.index) - old_log_prob).exp()
+            ratio = (self._log_prob(now, actions, rows.places) - old_log_prob).exp()
             return Surrogates(
                 (weight * ratio * reward).sum(1) / steps,
                 (ratio[..., None] * costs).sum(1) / count,
@@ -222,10 +224,10 @@ class _Learner(Guarded):
         advantage = (scaled[..., 0] - paid) / (1 + price.sum(1, keepdim=True))
         with torch.no_grad():
             old = self._distribution(rows.observations, rows.allowed)
-            old_log_prob = self._log_prob(old, actions, rows.index)
+            old_log_prob = self._log_prob(old, actions, rows.places)
         for _ in range(c.epochs):
             now = self._distribution(rows.observations, rows.allowed)
-            ratio = (self._log_prob(now, actions, rows.index) - old_log_prob).exp()
+            ratio = (self._log_prob(now, actions, rows.places) - old_log_prob).exp()
             clipped = ratio.clamp(1 - c.clip, 1 + c.clip)
             gain = torch.minimum(ratio * advantage, clipped * advantage)
             self.minimise(self.actor_optimizer, -(weight * gain).sum(1) / steps)
@@ -257,7 +259,7 @@ class _Learner(Guarded):
 class OGSRL(_Learner):
     """Continuous actions: a diagonal Gaussian with one σ per component."""
 
-    def _make_actor(self, init: MemberRandom) -> nn.Module:
+    def _make_actor(self, init: MemberRandom) -> Any:
         spec = self.spec
         actor = GaussianActor(init, spec.observation_dim, spec.action_dim, self.config.hidden)
         nn.init.constant_(actor.log_std, self.config.log_std)
@@ -291,7 +293,7 @@ class DiscreteOGSRL(_Learner):
 
     discrete = True
 
-    def _make_actor(self, init: MemberRandom) -> nn.Module:
+    def _make_actor(self, init: MemberRandom) -> Any:
         spec = self.spec
         return CategoricalActor(init, spec.observation_dim, spec.action_dim, self.config.hidden)
 

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError, unknown
 from saferl.models import Model, make_model
 from saferl.nn import VEnsemble
 from saferl.rng import MemberRandom, Stream
 from saferl.runs.settings import parse_options
-from saferl.safety.guardians import FeatureMap, Guardian
+from saferl.safety.guardians import FeatureMap
 from saferl.safety.guardians.fitting import fit_guardian, flat, guardian_for, split
 from saferl.safety.limits import check_limit, convert
 from saferl.safety.multipliers import Multipliers
 
-from ..shared.agent import Agent
 from ..shared.constraint import CostConfig, CostLimited
 from .limits import Limits, ood_budget, share_leaving
 from .simulate import MaskedActor, World, resample, simulate
@@ -82,6 +82,9 @@ class Spared(nn.Module):
     a state that the policy always leaves from, its target would be its own value.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, init: MemberRandom, observation_dim: int, hidden: tuple[int, ...]):
         super().__init__()
         self.net = VEnsemble(init, observation_dim, hidden)
@@ -93,7 +96,7 @@ class Spared(nn.Module):
         return (self.shift + self.scale * self.net(observations)[:, 0]).clamp_min(0)
 
 
-class Guarded(CostLimited, Agent):
+class Guarded(CostLimited[OGSRLConfig]):
     """Models, guardian and budgets; a subclass provides the policy's distribution and `learn`.
 
     T̂ and the resampled models are `models`, ĝ is `guardian`.
@@ -105,7 +108,7 @@ class Guarded(CostLimited, Agent):
 
     # What a kind of actions provides; a distribution is a tuple of tensors [M, B, …].
 
-    def _make_actor(self, init: MemberRandom) -> nn.Module:
+    def _make_actor(self, init: MemberRandom) -> Any:
         raise NotImplementedError
 
     def _distribution(self, observations: Tensor, allowed: Tensor | None) -> tuple[Tensor, ...]:
@@ -150,7 +153,10 @@ class Guarded(CostLimited, Agent):
         self.world = World(guardian)
         actor = self._make_actor(init)
         self.mask = spec.action_dim if guarded and c.ood_mode == "mask" else 0
-        self.actor = MaskedActor(actor, guardian, spec) if self.mask else actor
+        self.actor = actor
+        if self.mask:
+            assert guardian is not None
+            self.actor = MaskedActor(actor, guardian, spec)
         self.critic = VEnsemble(init, spec.observation_dim, c.hidden, 1 + len(names))
         self.critic_optimizer = self.adam(self.critic, lr=c.critic_lr)
         if c.optimiser == "ppo_lag":
@@ -207,16 +213,16 @@ class Guarded(CostLimited, Agent):
         return make_model(c.model, init, self.spec, costs=costs, **settings)
 
     @property
-    def models(self) -> nn.ModuleList:
+    def models(self) -> Any:
         """T̂, and after it the resampled models."""
         return self.networks if self.config.model == "ensemble" else self.replay
 
     @property
-    def guardian(self) -> Guardian | None:
+    def guardian(self) -> Any:
         """ĝ, calibrated once the agent is fitted."""
         return self.world.guardian
 
-    def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
+    def fit(self, dataset: Dataset, say: Callable[[str], None]) -> None:
         """Fit guardian, models and budgets, and clone the behaviour if asked to.
 
         Raises:
@@ -238,7 +244,8 @@ class Guarded(CostLimited, Agent):
         actions = self.spec.action_dim if counted else 0
         self.world.fit(dataset, c.starts, actions, self.models)
         self._budget(max(1, round(float(dataset.episode_lengths().mean()))), say)
-        observations = torch.tensor(self.spec.observations(train.observations), device=self.device)
+        rows = self.spec.observations(np.asarray(train.observations))
+        observations = torch.tensor(rows, device=self.device)
         observations = observations.to(self._mean.dtype)
         if self.limited and self.absorbs:
             self._spare(train, observations)

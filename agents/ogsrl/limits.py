@@ -16,6 +16,14 @@ MARGIN_RATE = 0.2
 class Limits(nn.Module):
     """Budgets of C constraints in the units of their estimates, and the margin ε̄ of the cost."""
 
+    budget: Tensor
+    unit: Tensor
+    spent: Tensor
+    updates: Tensor
+    owed: Tensor
+    gaps: Tensor
+    seen: Tensor
+
     def __init__(self, members: int, names: tuple[str, ...], models: int):
         super().__init__()
         self.names = names

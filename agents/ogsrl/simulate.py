@@ -48,13 +48,21 @@ class World(DataBuffers):
     answers and what the models replay are found in tables. All that is learnt is in buffers.
     """
 
+    # Tensors once there are data, None before.
+    starts: Any
+    states: Any
+    outside: Any
+    permitted: Any
+
+    guardian: Any  # a calibrated `Guardian`, or None
+
     def __init__(self, guardian: Guardian | None):
         super().__init__()
         self.guardian = guardian
         self.declare("starts", "states", "outside", "permitted")
 
     @torch.no_grad()
-    def fit(self, dataset: Dataset, starts: str, actions: int, models: Iterable[Model]) -> None:
+    def fit(self, dataset: Dataset, starts: str, actions: int, models: Iterable[Any]) -> None:
         """Take starts; where ``actions`` (their number) is above 0, count states if they are few.
 
         ``models`` replay rows of the dataset.
@@ -102,7 +110,7 @@ class World(DataBuffers):
         """Places to start from, ``[M, count]`` or ``[M, count, O]``."""
         return self.starts[random.integers(len(self.starts), count)]
 
-    def step(self, model: Model, places: Tensor, actions: Tensor, random: MemberRandom) -> Step:
+    def step(self, model: Any, places: Tensor, actions: Tensor, random: MemberRandom) -> Step:
         """A transition of the model, whose next observations are places."""
         move = model.step if self.states is None else model.walk
         return move(places, actions, random)
@@ -123,6 +131,9 @@ def supported(guardian: Guardian, observations: Tensor, actions: int) -> tuple[T
 class MaskedActor(nn.Module):
     """A softmax over the actions that a guardian supports, in training and wherever it is used."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, inner: CategoricalActor, guardian: Guardian, spec: Spec):
         super().__init__()
         self.inner, self.actions = inner, spec.action_dim
@@ -132,8 +143,8 @@ class MaskedActor(nn.Module):
             ("shift", spec.observation_mean, 0.0),
             ("scale", spec.observation_std, 1.0),
         ):
-            values = torch.tensor(values or (default,) * size)
-            self.register_buffer(name, values, persistent=False)
+            tensor = torch.tensor(values or (default,) * size)
+            self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, observations: Tensor, allowed: Tensor | None = None) -> Tensor:
         """Log probabilities ``[M, B, actions]``; the mask is looked up unless it is given."""
@@ -205,7 +216,9 @@ def simulate(
         goes_on = (alive > 0).view(*alive.shape, *(1,) * (place.dim() - 2))
         place = torch.where(goes_on, found.next_observations, place)
         places.append(place)
-    columns = [None if column[0] is None else torch.stack(column, 2) for column in zip(*steps)]
+    columns: list[Any] = [
+        None if column[0] is None else torch.stack(column, 2) for column in zip(*steps)
+    ]
     return Rollout(torch.stack(places, 2), *columns)
 
 
@@ -249,27 +262,27 @@ class Rows(NamedTuple):
 
     observations: Tensor  # [M, U, O], the agent's units
     allowed: Tensor | None  # [M, U, actions] bool, under a mask
-    index: Tensor | None  # [M, B], which of the U each place is; None: they are the places
+    places: Tensor | None  # [M, B], which of the U each place is; None: they are the places
 
     def pick(self, answers: Any) -> Any:
         """Answers ``[M, U, …]``, or a tuple of them, of each place ``[M, B, …]``."""
-        if self.index is None:
+        if self.places is None:
             return answers
         if isinstance(answers, tuple):
             return tuple(map(self.pick, answers))
-        index = self.index.view(*self.index.shape, *(1,) * (answers.dim() - 2))
+        index = self.places.view(*self.places.shape, *(1,) * (answers.dim() - 2))
         return answers.gather(1, index.expand(-1, -1, *answers.shape[2:]))
 
     def pick_last(self, answers: Tensor) -> Tensor:
         """Answers ``[M, K, U]`` of each place ``[M, K, B]``."""
-        if self.index is None:
+        if self.places is None:
             return answers
-        return answers.gather(2, self.index[:, None].expand(-1, answers.shape[1], -1))
+        return answers.gather(2, self.places[:, None].expand(-1, answers.shape[1], -1))
 
     def first(self, count: int) -> Rows:
         """Of the first ``count`` places."""
-        if self.index is not None:
-            return self._replace(index=self.index[:, :count])
+        if self.places is not None:
+            return self._replace(places=self.places[:, :count])
         allowed = None if self.allowed is None else self.allowed[:, :count]
         return Rows(self.observations[:, :count], allowed, None)
 

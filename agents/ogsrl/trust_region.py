@@ -40,9 +40,17 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
 
 
-def gradient(values: Tensor, parameters: Sequence[Tensor], **options: bool) -> Tensor:
+def gradient(
+    values: Tensor,
+    parameters: Sequence[Tensor],
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+) -> Tensor:
     """∇ of each member's value ``[M]``, ``[M, P]``; members do not share parameters."""
-    return flatten(torch.autograd.grad(values.sum(), parameters, **options))
+    found = torch.autograd.grad(
+        values.sum(), parameters, retain_graph=retain_graph, create_graph=create_graph
+    )
+    return flatten(found)
 
 
 def curvature(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError, unknown
 from saferl.nn import PRECISIONS, Policy, compute_in
 from saferl.replay import Batch, Extra
@@ -30,6 +31,7 @@ from .config import AgentConfig, check, convert, member_values
 
 Metrics = dict[str, Tensor]  # name → [M], on the device
 ConfigT = TypeVar("ConfigT", bound=AgentConfig)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Agent(Generic[ConfigT]):
@@ -63,7 +65,7 @@ class Agent(Generic[ConfigT]):
     # Earlier names of settings, and of parts of the state, to the present ones.
     renamed_settings: ClassVar[dict[str, str]] = {}
     renamed_state: ClassVar[dict[str, str]] = {}
-    actor: nn.Module
+    actor: Any  # a module that becomes the exported policy
     guardian: Any = None  # the calibrated guardian that it learns under, if any
 
     def __init__(
@@ -102,7 +104,7 @@ class Agent(Generic[ConfigT]):
                     f"{field.name} has {len(value)} values for {self.members} members"
                 )
         self.updates = 0
-        self.key = self.update_key(0)
+        self.key: Any = self.update_key(0)
         self.random = MemberRandom(self.seeds, self.device, Stream.UPDATE)
         self.build(MemberRandom(self.seeds, "cpu", Stream.INIT))
         for module in vars(self).values():
@@ -141,7 +143,7 @@ class Agent(Generic[ConfigT]):
     # What a method provides.
 
     @classmethod
-    def prepare(cls, dataset: Any, config: AgentConfig) -> Any:
+    def prepare(cls, dataset: Dataset, config: Any) -> Dataset:
         """The `Dataset` that the method trains on: all of it, unless it filters.
 
         Raises:
@@ -152,7 +154,7 @@ class Agent(Generic[ConfigT]):
         return dataset
 
     @classmethod
-    def batch_extras(cls, config: AgentConfig) -> tuple[Extra, ...]:
+    def batch_extras(cls, config: Any) -> tuple[Extra, ...]:
         """Columns of a batch that it needs beside the transition (`saferl.replay.extras`)."""
         return ()
 
@@ -160,11 +162,11 @@ class Agent(Generic[ConfigT]):
         """Make networks (on the CPU, from ``init``) and optimisers; set ``self.actor``."""
         raise NotImplementedError
 
-    def rows(self, dataset: Any) -> Sequence[np.ndarray] | None:
+    def rows(self, dataset: Dataset) -> Sequence[np.ndarray] | None:
         """Numbers of the rows of what `prepare` returned that each member draws; None: all."""
         return None
 
-    def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
+    def fit(self, dataset: Dataset, say: Callable[[str], None]) -> None:
         """What is learned once from the whole `Dataset` before the first update (not on resume)."""
 
     def update_key(self, update: int) -> Hashable:
@@ -228,11 +230,11 @@ class Agent(Generic[ConfigT]):
         return member_values(self.config, name, self.members)
 
     @staticmethod
-    def target_of(network: nn.Module) -> nn.Module:
+    def target_of(network: ModuleT) -> ModuleT:
         """A frozen copy, to be moved by `polyak`."""
         return copy.deepcopy(network).requires_grad_(False)
 
-    def adam(self, *networks: nn.Module | nn.Parameter, lr: float | Tensor) -> torch.optim.Adam:
+    def adam(self, *networks: nn.Module | nn.Parameter, lr: float | Tensor) -> Any:
         """One Adam over stacked parameters: M exact Adams, since losses are summed over members."""
         parameters: list[nn.Parameter] = []
         for network in networks:

@@ -27,11 +27,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
 from saferl.nn import QEnsemble, polyak
 from saferl.replay import Batch
@@ -56,6 +57,9 @@ class CostConfig(AgentConfig):
     multiplier_kp: float = 0.1  # pid: gain of the excess
     multiplier_kd: float = 0.001  # pid: gain of its rise
     multiplier_max: float = 100.0  # upper bound of ρ
+
+
+CostConfigT = TypeVar("CostConfigT", bound=CostConfig)
 
 
 class CostCritic(nn.Module):
@@ -108,6 +112,12 @@ class Constraint(nn.Module):
     Raises:
         SaferlError: a bad limit, discount, gain or kind; no horizon.
     """
+
+    episode: Tensor
+    steps: Tensor
+    budget: Tensor
+    cost_mean: Tensor
+    batches: Tensor
 
     def __init__(self, config: CostConfig, members: int, horizon: int):
         super().__init__()
@@ -181,17 +191,19 @@ class Constraint(nn.Module):
         }
 
 
-class CostLimited:
-    """Mixin of agents that take a ``cost_limit``; before `Agent` in the bases.
+class CostLimited(Agent[CostConfigT]):
+    """An agent that takes a ``cost_limit``.
 
     ``self.constraint`` is None where no member has a limit: then there is no cost critic either,
     and no random number is drawn for one.
     """
 
-    constraint: Constraint | None = None
+    constraint: Any = None  # a `Constraint`
+    cost_critic: CostCritic
+    cost_optimizer: torch.optim.Adam
 
     @classmethod
-    def prepare(cls, dataset: Any, config: CostConfig) -> Any:
+    def prepare(cls, dataset: Dataset, config: Any) -> Dataset:
         """All of the dataset.
 
         Raises:

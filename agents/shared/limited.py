@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from saferl.data.dataset import Dataset
 from saferl.errors import SaferlError
 from saferl.safety.limits import CostLimit, check_limit, convert
 
-from .agent import AgentConfig
+from .agent import Agent
+from .config import AgentConfig
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,16 @@ class LimitedConfig(AgentConfig):
     cost_limit: float = 10.0  # expected undiscounted cost per episode
 
 
-class Limited:
-    """Mixin of agents that need a ``cost_limit``; before `Agent` in the bases."""
+LimitedConfigT = TypeVar("LimitedConfigT", bound=LimitedConfig)
+
+
+class Limited(Agent[LimitedConfigT]):
+    """An agent that needs a ``cost_limit``."""
 
     needs_costs: ClassVar[bool] = True
     discount_of_costs: ClassVar[str] = "cost_discount"  # the field that holds it
 
-    def fit(self, dataset: Any, say: Callable[[str], None]) -> None:
+    def fit(self, dataset: Dataset, say: Callable[[str], None]) -> None:
         """Say what each limit is to the losses."""
         for limit, discount in dict.fromkeys(self._limits()):
             told = CostLimit(limit, self.spec.horizon).describe(discount)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,13 @@ class Answers(DataBuffers):
     by the hash of its row, and one that is not in the table is out of the data. All that is learnt
     is in buffers.
     """
+
+    # Tensors once there are data, None before.
+    keys: Any
+    multipliers: Any
+    outside: Any
+
+    guardian: Any  # a calibrated `Guardian`, or None
 
     def __init__(self, guardian: Guardian | None):
         super().__init__()

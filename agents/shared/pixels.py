@@ -9,6 +9,7 @@ alone moves the encoder. The shift is drawn anew for s, for s' and for the actor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from saferl.nn import Encoder, PixelActor, PixelCritic, Trunk, random_shift
 from saferl.replay import Batch
 from saferl.rng import MemberRandom
-from saferl.spec import Spec
 
-from .agent import AgentConfig
+from .agent import Agent
+from .config import AgentConfig
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,12 @@ class PixelConfig(AgentConfig):
     pad: int = 4  # pixels of the largest shift; 0: none
 
 
-class PixelAgent:
-    """Mixed into an `Agent` whose configuration is a `PixelConfig`."""
+PixelConfigT = TypeVar("PixelConfigT", bound=PixelConfig)
 
-    spec: Spec
-    config: PixelConfig
-    random: MemberRandom
-    actor: nn.Module
+
+class PixelAgent(Agent[PixelConfigT]):
+    """An agent that may learn from pixels: its configuration is a `PixelConfig`."""
+
     critic: nn.Module
 
     @property

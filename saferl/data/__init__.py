@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from saferl.data.card import Card
 from saferl.data.dataset import Dataset
 from saferl.data.sources import load_dataset, save_dataset
@@ -16,6 +18,7 @@ from saferl.data.sources import load_dataset, save_dataset
 __all__ = [
     "Card",
     "Dataset",
+    "encode_rows",
     "from_d4rl",
     "from_dataframe",
     "from_minari",
@@ -30,6 +33,13 @@ def from_dataframe(frame: Any, columns: dict[str, Any] | None = None, **options:
     from saferl.data.sources import tables
 
     return tables.from_dataframe(frame, columns, **options)
+
+
+def encode_rows(frame: Any, card: Card) -> np.ndarray:
+    """Observations of rows of a table; see `saferl.data.sources.tables.encode_rows`."""
+    from saferl.data.sources import tables
+
+    return tables.encode_rows(frame, card)
 
 
 def from_d4rl(source: Any, **options: Any) -> Dataset:

@@ -20,6 +20,12 @@ class Card:
     action_low: tuple[float, ...] | None = None  # continuous bounds, one per component
     action_high: tuple[float, ...] | None = None
     n_actions: int | None = None  # discrete actions 0 … n-1
+    action_start: int = 0  # what the user's own numbers of discrete actions begin at
+    # Levels of each part of an action that is one integer here, first part slowest; None: no parts.
+    action_levels: tuple[int, ...] | None = None
+    columns: tuple[str, ...] = ()  # of a table, that observations come from
+    encoding: str | None = None  # of its text columns: "onehot" or "ordinal"
+    categories: dict[str, tuple] = dataclasses.field(default_factory=dict)  # column → its values
     horizon: int | None = None  # steps after which an episode times out
     reference_returns: tuple[float, float] | None = None  # score 0 (random) and 100 (expert)
     reference_source: str | None = None  # who published the reference: "D4RL", "DSRL", "Minari"
@@ -37,7 +43,20 @@ class Card:
         for name in ("action_low", "action_high", "reference_returns"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, floats(name, getattr(self, name)))
-        object.__setattr__(self, "notes", tuple(self.notes))
+        for name in ("notes", "columns"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        categories = {str(name): tuple(values) for name, values in self.categories.items()}
+        object.__setattr__(self, "categories", categories)
+        if self.action_levels is not None:
+            levels = np.ravel(self.action_levels).tolist()
+            if not levels or any(level != int(level) or level < 1 for level in levels):
+                raise SaferlError(
+                    "action_levels must be whole numbers of 1 or more, one for each part of an "
+                    f"action, got {self.action_levels!r}"
+                )
+            object.__setattr__(self, "action_levels", tuple(map(int, levels)))
+        if int(self.action_start) != self.action_start:
+            raise SaferlError(f"action_start must be a whole number, got {self.action_start!r}")
         if self.reference_returns is not None and (
             len(self.reference_returns) != 2 or len(set(self.reference_returns)) != 2
         ):
@@ -61,6 +80,17 @@ class Card:
     def noted(self, *notes: str) -> Card:
         """A copy with further notes."""
         return self.replace(notes=(*self.notes, *notes))
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """A name for each number of an observation; () where none are known."""
+        if self.encoding != "onehot":
+            return self.columns
+        return tuple(
+            name
+            for column in self.columns
+            for name in [f"{column}={v}" for v in self.categories.get(column, ())] or [column]
+        )
 
     @property
     def score_note(self) -> str | None:

@@ -40,17 +40,25 @@ class Dataset:
     write to it afterwards.
     """
 
+    observations: np.ndarray | Frames
+    actions: np.ndarray
+    rewards: np.ndarray
+    costs: np.ndarray | None
+    next_observations: np.ndarray | Frames
+    terminals: np.ndarray
+    timeouts: np.ndarray
+
     FIELDS = ("observations", "actions", "rewards", "costs", "next_observations", "terminals",
               "timeouts")  # fmt: skip
 
     def __init__(
         self,
-        observations: np.ndarray,
+        observations: np.ndarray | Frames,
         actions: np.ndarray,
         rewards: np.ndarray,
         terminals: np.ndarray,
         timeouts: np.ndarray,
-        next_observations: np.ndarray,
+        next_observations: np.ndarray | Frames,
         costs: np.ndarray | None = None,
         card: Card | None = None,
         problems: Sequence[str] = (),
@@ -87,7 +95,10 @@ class Dataset:
 
         Args:
             observations: ``[N, *O]``; float32 in the dataset unless uint8.
-            actions: ``[N, A]`` floats, or ``[N]`` (or ``[N, 1]``) integers for discrete actions.
+            actions: ``[N, A]`` floats, or ``[N]`` (or ``[N, 1]``) integers for discrete actions,
+                which count from ``action_start`` (0; in the dataset always from 0). ``[N, K]``
+                integers become one integer where ``action_levels`` says how many levels each
+                column has: the first column is the slowest.
             rewards, costs: ``[N]`` or ``[N, 1]``. ``costs=None``: there are no costs.
             terminals, timeouts: ``[N]`` of 0/1. ``timeouts=None`` means every ``horizon``-th step
                 of an episode where a horizon is given, and none otherwise.
@@ -113,7 +124,9 @@ class Dataset:
             next_observations=next_observations,
             costs=costs,
         )
-        arrays, facts, notes, problems = validate.prepare(arrays, card, clip_actions)
+        # Of a card alone, the arrays are those of a dataset and count from 0 already.
+        start = card_fields.get("action_start", 0)
+        arrays, facts, notes, problems = validate.prepare(arrays, card, clip_actions, start)
         return cls(**arrays, card=card.replace(**facts).noted(*notes), problems=problems)
 
     # Sizes and episodes ------------------------------------------------------------------------
@@ -144,7 +157,7 @@ class Dataset:
     @property
     def action_dim(self) -> int:
         """Components of a continuous action, or the number of discrete actions."""
-        return self.card.n_actions if self.discrete else self.actions.shape[1]
+        return int(self.card.n_actions or 0) if self.discrete else self.actions.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -229,7 +242,7 @@ class Dataset:
                 "that takes pixels (`saferl list`)"
             )
         if config.normalize_observations:
-            mean, std = _moments(self.observations)
+            mean, std = _moments(np.asarray(self.observations))
         scale = float(config.reward_scale)
         if config.normalize_rewards:
             returns = self.episode_returns()
@@ -258,7 +271,7 @@ class Dataset:
 
     def summary(self) -> dict[str, float]:
         """Sizes and the distribution of return, cost and length over the complete episodes."""
-        values = {
+        values: dict[str, float] = {
             "transitions": len(self),
             "episodes": len(self.episodes),
             "fragment_rows": 0 if self.fragment is None else len(self) - self.fragment[0],
@@ -270,7 +283,7 @@ class Dataset:
         }
         columns = {"return": self.episode_returns(), "length": self.episode_lengths()}
         if self.costs is not None:
-            columns["cost"] = self.episode_costs()
+            columns["cost"] = self._sums(self.costs)
         if self.card.reference_returns is not None:
             columns["score"] = self.normalised_score(columns["return"])
         for name, column in columns.items():
@@ -350,7 +363,9 @@ class Dataset:
     def _take(self, index: np.ndarray, cut: np.ndarray | None, note: str) -> Dataset:
         if not len(index):
             raise SaferlError(f"subset of {self.card.id} is empty: choose at least one row")
-        arrays = {name: take(array, index) for name, array in self._arrays().items()}
+        arrays: dict[str, Any] = {
+            name: take(array, index) for name, array in self._arrays().items()
+        }
         if cut is not None:
             arrays["timeouts"] = (arrays["timeouts"] | cut) & ~arrays["terminals"]
         return Dataset(**arrays, card=self.card.noted(f"subset: {note}"), problems=self.problems)
@@ -409,7 +424,9 @@ class Dataset:
         card = good.card.replace(id=f"mix({good.card.id}, {bad.card.id}, {ratio:g})").noted(
             f"{len(rows[0])} of {total} rows from {good.card.id}, seed {seed}, with replacement"
         )
-        return Dataset(**arrays, card=card, problems=dict.fromkeys(good.problems + bad.problems))
+        return Dataset(
+            **arrays, card=card, problems=tuple(dict.fromkeys(good.problems + bad.problems))
+        )
 
 
 def _index(name: str, which: Any, total: int) -> np.ndarray:

@@ -84,7 +84,7 @@ def describe(dataset: Dataset) -> str:
     if card.reference_returns:
         tables["score"] = dataset.normalised_score(tables["return"])
     if dataset.costs is not None:
-        tables["cost"] = dataset.episode_costs()
+        tables["cost"] = np.asarray(dataset.episode_costs())
     tables["length"] = dataset.episode_lengths()
     heads = ("mean", "std", "min", *(f"{100 * q:.0f} %" for q in QUANTILES), "max")
     lines += ["", f"{'per episode':<14}" + "".join(f"{head:>10}" for head in heads)]
@@ -128,7 +128,7 @@ def _short(value: float) -> str:
 def _action_line(dataset: Dataset) -> str:
     if dataset.discrete:
         return f"discrete, {dataset.action_dim} actions"
-    low, high = dataset.card.action_low, dataset.card.action_high
+    low, high = dataset.card.action_low or (), dataset.card.action_high or ()
     if len(set(low)) == len(set(high)) == 1:
         return f"{dataset.action_dim} continuous in [{low[0]:g}, {high[0]:g}]"
     return f"{dataset.action_dim} continuous, bounds differ per component"

@@ -7,7 +7,8 @@ a large dataset needs little more memory than holding it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,19 @@ from saferl.errors import SaferlError
 
 CHUNK = 65536  # rows
 TOLERANCE = 1e-4  # relative; float32 rounding of bounds and of next observations
+LARGE = 1e6  # magnitude from which a value is more likely a wrong unit or a code for "missing"
+LISTED = 8  # of many columns or actions, so many are named
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 
 
 def prepare(
-    arrays: dict[str, Any], card: Any, clip_actions: bool = False
+    arrays: dict[str, Any], card: Any, clip_actions: bool = False, action_start: int = 0
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str], list[str]]:
     """Checked arrays for a `Dataset`, card fields learnt from them, notes and problems.
 
     ``arrays`` has the keys of `Dataset.from_arrays`; its entries are popped as they are converted,
-    so that a source which keeps no reference of its own needs no second copy.
+    so that a source which keeps no reference of its own needs no second copy. Discrete actions of
+    ``arrays`` count from ``action_start``.
     """
     notes: list[str] = []
     problems: list[str] = []
@@ -39,7 +43,7 @@ def prepare(
     if not n:
         raise SaferlError("the dataset has no rows")
     observations = states("observations", arrays.pop("observations"), n)
-    actions, facts = _actions(arrays.pop("actions"), n, card)
+    actions, facts = _actions(arrays.pop("actions"), n, card, int(action_start))
     terminals = flags("terminals", arrays.pop("terminals"), n)
     timeouts = arrays.pop("timeouts", None)
     if timeouts is not None:
@@ -98,6 +102,9 @@ def prepare(
 
 
 def _array(name: str, values: Any) -> np.ndarray:
+    if hasattr(values, "detach"):  # a torch tensor, perhaps with a gradient or on a GPU
+        values = values.detach().cpu()
+        values = values.float() if str(values.dtype) == "torch.bfloat16" else values
     try:
         array = np.asarray(values)
     except ValueError as error:
@@ -109,7 +116,7 @@ def _array(name: str, values: Any) -> np.ndarray:
     return array
 
 
-def _same_length(name: str, array: np.ndarray, n: int | None) -> None:
+def _same_length(name: str, array: np.ndarray | Frames, n: int | None) -> None:
     if array.ndim == 0:
         raise SaferlError(f"{name} must have one row per step, got the single value {array}")
     if n is not None and len(array) != n:
@@ -144,7 +151,7 @@ def flags(name: str, values: Any, n: int) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def states(name: str, values: Any, n: int) -> np.ndarray:
+def states(name: str, values: Any, n: int) -> Any:
     """``[N, *O]`` float32, or uint8 as it is."""
     array = values if isinstance(values, Frames) else _array(name, values)
     _same_length(name, array, n)
@@ -157,17 +164,30 @@ def states(name: str, values: Any, n: int) -> np.ndarray:
         return np.ascontiguousarray(array, dtype=kind)
 
 
-def _actions(values: Any, n: int, card: Any) -> tuple[np.ndarray, dict[str, Any]]:
+def _actions(values: Any, n: int, card: Any, start: int) -> tuple[np.ndarray, dict[str, Any]]:
     array = _array("actions", values)
     _same_length("actions", array, n)
-    single = array.size == n
-    if array.dtype.kind == "f" and card.n_actions is None:
+    levels = card.action_levels
+    if array.dtype.kind == "f" and card.n_actions is None and levels is None:
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(array.reshape(n, -1), dtype=np.float32), {}
-    if not single:
+    if levels is not None:
+        total = math.prod(levels)
+        if card.n_actions not in (None, total):
+            raise SaferlError(
+                f"action_levels = {levels} make {total} actions, but n_actions is "
+                f"{card.n_actions}: leave n_actions out"
+            )
+        card = card.replace(n_actions=total)
+        if array.size != n:
+            array, start = one_integer(array, levels, start), 0
+    if array.size != n:
+        shape = array.reshape(n, -1)
+        needed = ", ".join(str(int(level)) for level in shape.max(0) - start + 1)
         raise SaferlError(
             f"actions are integers of shape {list(array.shape)}: cast them to float for continuous "
-            "actions, or encode each combination as one integer"
+            f"actions, or pass action_levels=({needed}), the number of levels of each column, to "
+            "make one integer of each combination"
         )
     if card.action_low is not None or card.action_high is not None:
         raise SaferlError(
@@ -175,19 +195,49 @@ def _actions(values: Any, n: int, card: Any) -> tuple[np.ndarray, dict[str, Any]
             "for continuous actions, or give no bounds for discrete ones"
         )
     array = array.reshape(n)
-    valid = np.isfinite(array) & (array == np.floor(array)) & (array >= 0)
+    valid = np.isfinite(array) & (array == np.floor(array)) & (array >= start)
     if card.n_actions is not None:
-        valid &= array < card.n_actions
+        valid &= array < start + card.n_actions
     if not valid.all():
         row = int(valid.argmin())
-        last = "from 0 on" if card.n_actions is None else f"0 … {int(card.n_actions) - 1}"
+        last = f"from {start} on"
+        if card.n_actions is not None:
+            last = f"{start} … {start + int(card.n_actions) - 1}"
+        elsewhere = "" if start else "; pass action_start= if they count from another number"
         raise SaferlError(
-            f"actions[{row}] is {array[row]}: discrete actions must be whole numbers {last}"
+            f"actions[{row}] is {array[row]}: discrete actions must be whole numbers "
+            f"{last}{elsewhere}"
         )
     array = np.ascontiguousarray(array, dtype=np.int64)
+    array = array - start if start else array
     if card.n_actions is not None:
-        return array, {}
+        return array, {"n_actions": int(card.n_actions)}
     return array, {"n_actions": int(array.max()) + 1}
+
+
+def one_integer(actions: np.ndarray, levels: Sequence[int], start: int = 0) -> np.ndarray:
+    """``[N]`` int64 of whole numbers ``[N, K]`` that count from ``start``; the first is slowest.
+
+    Raises:
+        SaferlError: another number of columns than levels; a value that is no level of its column.
+    """
+    actions = actions.reshape(len(actions), -1)
+    if actions.shape[1] != len(levels):
+        raise SaferlError(
+            f"actions have {actions.shape[1]} columns, action_levels {len(levels)} numbers: give "
+            "the number of levels of each column"
+        )
+    with np.errstate(invalid="ignore"):
+        digits = actions.astype(np.int64) - start
+    valid = (actions == np.floor(actions)) & (digits >= 0) & (digits < np.array(levels))
+    if not valid.all():
+        row, column = map(int, np.argwhere(~valid)[0])
+        last = start + levels[column] - 1
+        raise SaferlError(
+            f"actions[{row}, {column}] is {actions[row, column]}, not one of its levels {start} … "
+            f"{last}: give the true action_levels="
+        )
+    return np.asarray(np.ravel_multi_index(tuple(digits.T), tuple(levels)), np.int64)
 
 
 # Flags and successors ---------------------------------------------------------------------------
@@ -285,12 +335,12 @@ def _bounds(data: dict, card: Any, clip: bool) -> tuple[dict[str, Any], list[str
     facts = {"action_low": tuple(low.tolist()), "action_high": tuple(high.tolist())}
     slack = TOLERANCE * (high - low)
     outside = far = 0
-    first = None
+    first = (0, 0)
     for part in chunks(len(actions)):
         block = actions[part]
         outside += int(((block < low) | (block > high)).any(1).sum())
         beyond = (block < low - slack) | (block > high + slack)
-        if beyond.any() and first is None:
+        if beyond.any() and not far:
             row, col = map(int, np.argwhere(beyond)[0])
             first = (row + part.start, col)
         far += int(beyond.any(1).sum())
@@ -355,6 +405,7 @@ def _suspicious(data: dict, card: Any) -> list[str]:
                 f"{_share(int((lengths > card.horizon).sum()), len(lengths))} episodes are longer "
                 f"than the horizon of {card.horizon} steps (longest {lengths.max()})"
             )
+    found += _unseen(data["actions"], card) + _large(data, card)
     if isinstance(observations, Frames):  # successors are next frames by construction
         return found
     apart = 0
@@ -381,9 +432,64 @@ def _suspicious(data: dict, card: Any) -> list[str]:
         flat = observations.reshape(n, -1)
         still = np.flatnonzero(flat.min(0) == flat.max(0))
         if len(still):
-            listed = ", ".join(map(str, still[:8])) + (", …" if len(still) > 8 else "")
             found.append(
-                f"{len(still)} of {flat.shape[1]} observation columns never change: {listed}"
+                f"{len(still)} of {flat.shape[1]} observation columns never change: "
+                f"{_listed([_feature(card, int(c)) for c in still])}"
+            )
+    return found
+
+
+def _listed(items: Sequence[Any]) -> str:
+    return ", ".join(map(str, items[:LISTED])) + (", …" if len(items) > LISTED else "")
+
+
+def _feature(card: Any, column: int) -> str:
+    """A column of observations by its number, and its name where it has one."""
+    names = card.features
+    return f"{column} ({names[column]})" if column < len(names) else str(column)
+
+
+def _unseen(actions: np.ndarray, card: Any) -> list[str]:
+    """Discrete actions that no row takes, in the user's numbers."""
+    if actions.dtype.kind == "f" or not len(actions):
+        return []
+    counts = np.bincount(actions, minlength=int(card.n_actions or 0))
+    unseen = np.flatnonzero(counts == 0)
+    if not len(unseen):
+        return []
+    from_one = not counts[0] and not card.action_start and len(unseen) == 1
+    hint = ", or pass action_start=1 if they count from 1" if from_one else ""
+    return [
+        f"{len(unseen)} of {len(counts)} actions occur in no row: "
+        f"{_listed((unseen + card.action_start).tolist())}: nothing is known of what they "
+        f"do{hint}"
+    ]
+
+
+def _large(data: dict, card: Any) -> list[str]:
+    """Columns with values beyond `LARGE`: wrong units, or codes for what is missing."""
+    found = []
+    for name in ("observations", "actions", "rewards", "costs"):
+        array = data[name]
+        if array is None or isinstance(array, Frames) or array.dtype.kind != "f":
+            continue
+        flat = array.reshape(len(array), -1)
+        counts = np.zeros(flat.shape[1], np.int64)
+        first: dict[int, Any] = {}
+        for part in chunks(len(flat)):
+            large = np.abs(flat[part]) > LARGE
+            if not large.any():
+                continue
+            counts += large.sum(0)
+            for column in np.flatnonzero(large.any(0)).tolist():
+                first.setdefault(column, part.start + int(large[:, column].argmax()))
+        for column, row in list(first.items())[:LISTED]:
+            where = ""
+            if flat.shape[1] > 1:
+                where = f" column {_feature(card, column) if name == 'observations' else column}"
+            found.append(
+                f"{name}{where}: {flat[row, column]:g} at row {row} ({counts[column]} values "
+                f"beyond {LARGE:g}): a wrong unit, or a code for a missing value?"
             )
     return found
 

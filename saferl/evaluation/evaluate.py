@@ -78,12 +78,13 @@ class Evaluation:
     @classmethod
     def from_episodes(cls, played: Episodes, step: int = 0) -> Evaluation:
         member, episode = np.indices(played.returns.shape)
-        sums = (played.returns, played.costs, played.lengths, played.ood, played.replaced)
+        sums: Any = (played.returns, played.costs, played.lengths, played.ood, played.replaced)
+        arrays: Any = (None if array is None else array.ravel() for array in sums)
         return cls(
             np.full(played.returns.size, step),
             member.ravel(),
             episode.ravel(),
-            *(None if array is None else array.ravel() for array in sums),
+            *arrays,
         )
 
     @classmethod
@@ -104,8 +105,9 @@ class Evaluation:
                     else part
                     for part in parts
                 ]
-        arrays = zip(*([getattr(part, name) for name in cls._names()] for part in parts))
-        return cls(*(None if a[0] is None else np.concatenate(a) for a in arrays))
+        columns = zip(*([getattr(part, name) for name in cls._names()] for part in parts))
+        arrays: Any = (None if c[0] is None else np.concatenate(c) for c in columns)
+        return cls(*arrays)
 
     @staticmethod
     def _names() -> tuple[str, ...]:
@@ -115,8 +117,9 @@ class Evaluation:
         return len(self.steps)
 
     def _pick(self, rows: np.ndarray) -> Evaluation:
-        arrays = (getattr(self, name) for name in self._names())
-        return Evaluation(*(None if array is None else array[rows] for array in arrays))
+        columns = (getattr(self, name) for name in self._names())
+        arrays: Any = (None if column is None else column[rows] for column in columns)
+        return Evaluation(*arrays)
 
     def at(self, step: int | None = None) -> Evaluation:
         """The rows of one training step, the last one when None."""
@@ -175,15 +178,17 @@ class Evaluation:
             without = [cost == "" for cost in columns["cost"]]
             if not rows or (any(without) and not all(without)):
                 raise ValueError("no rows, or a cost in some rows only")
-            whole = [np.array(columns[n], np.int64) for n in ("step", "member", "episode")]
+            whole: Any = [np.array(columns[n], np.int64) for n in ("step", "member", "episode")]
             costs = None if all(without) else np.array(columns["cost"], np.float64)
             returns = np.array(columns["return"], np.float64)
-            counts = {
+            counts: dict[str, Any] = {
                 name: np.array([row[name] or "nan" for row in rows], np.float64)
                 for name in COUNTED
                 if name in rows[0]
             }
-            return cls(*whole, returns, costs, np.array(columns["length"], np.int64), **counts)
+            steps, members, numbers = whole
+            lengths = np.array(columns["length"], np.int64)
+            return cls(steps, members, numbers, returns, costs, lengths, **counts)
         except OSError as error:
             raise SaferlError(f"cannot read {path}: {error.strerror or error}") from error
         except (KeyError, TypeError, ValueError) as error:
@@ -235,10 +240,10 @@ class Evaluation:
             if not len(part):
                 continue
             group = known[label]
-            judged = limits or [None]
+            judged: list[float | None] = [*limits] or [None]
             if self.costs is not None and group.cost_limit is not None:
                 judged = [group.cost_limit]
-            picked = [(None, part)]
+            picked: list[tuple[int | None, Evaluation]] = [(None, part)]
             picked += [(int(m), part._pick(part.members == m)) for m in np.unique(part.members)]
             for member, rows_of in picked:
                 summary = rows_of._summary(reference_returns, resamples)
@@ -265,8 +270,10 @@ class Evaluation:
         }
         for name in COUNTED:
             counts = None if getattr(self, name) is None else self.matrix(name)
-            known = counts is not None and not np.isnan(counts).any()
-            summary[f"{name}_rate"] = float(counts.sum() / lengths.sum()) if known else None
+            rate = None
+            if counts is not None and not np.isnan(counts).any():
+                rate = float(counts.sum() / lengths.sum())
+            summary[f"{name}_rate"] = rate
         if reference is not None:
             worst, best = reference
             summary["score"] = 100 * (summary["return_mean"] - worst) / (best - worst)

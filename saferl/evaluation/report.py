@@ -99,7 +99,7 @@ def _comparison(runs: Sequence[RunResults]) -> list[str]:
         for name, evaluation in run.split().items()
     }
     limits = list(dict.fromkeys(limit for run in evaluated for limit in run.limits))
-    if any(run.evaluation.costs is not None for run in evaluated):
+    if any(run.evaluation and run.evaluation.costs is not None for run in evaluated):
         best = next((run.frontier for run in evaluated if run.frontier), [])
         same = len({str(run.config.env) for run in evaluated}) == 1
         parts += _frontier([row for row in rows if row["cost_mean"] is not None], limits,

@@ -171,6 +171,7 @@ class RunResults:
         if not self.guarded:
             return rows
         rows = [row | {"group": row["group"] or "bare"} for row in rows]
+        assert self.known is not None
         for guard, evaluation in zip(self.known.guards, self.guarded):
             kept = limits if guard.limit is None else [guard.limit]
             for row in evaluation.table(kept, *of_all, beside=guard.values):

@@ -117,7 +117,7 @@ def number(value: float | None) -> str | None:
 
 def interval(value: float | None, low: float | None, high: float | None) -> str | None:
     """``"21.3 [18.2, 24.4]"``, or the value alone where there is no interval."""
-    if value is None or low is None or not math.isfinite(low):
+    if value is None or low is None or high is None or not math.isfinite(low):
         return number(value)
     largest = max(abs(value), abs(low), abs(high))
     if not 0.01 <= largest < 1e7:

@@ -36,6 +36,14 @@ class EnsembleModel(Model):
         holdout: share of the episodes that early stopping looks at.
     """
 
+    input_mean: Tensor
+    input_std: Tensor
+    target_mean: Tensor
+    target_std: Tensor
+    low: Tensor
+    high: Tensor
+    trained: Tensor
+
     def __init__(
         self,
         init: MemberRandom,
@@ -76,7 +84,7 @@ class EnsembleModel(Model):
     def _inputs(self, observations: Tensor, actions: Tensor) -> Tensor:
         """``[..., O + A]``, not yet standardised; discrete actions one-hot."""
         if self.spec.discrete:
-            actions = F.one_hot(actions, self.spec.action_dim).to(observations.dtype)
+            actions = _one_hot(actions, self.spec.action_dim).to(observations.dtype)
         return torch.cat((observations, actions), -1)
 
     def _heads(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,7 +220,7 @@ class EnsembleModel(Model):
         chance = chosen(chance)
         uniform = random.uniform(rows, 1)
         outcomes = (chance.cumsum(-1) <= uniform).sum(-1).clamp_max(self.outcomes)
-        ended = F.one_hot(outcomes, 1 + self.outcomes).to(chance.dtype)
+        ended = _one_hot(outcomes, 1 + self.outcomes).to(chance.dtype)
         return self._step(observations, numbers, ended, outcomes)
 
     @torch.no_grad()
@@ -236,3 +244,8 @@ class EnsembleModel(Model):
         """``[M, B]``: RMS over outputs of the spread of the elements' means, in data units."""
         mean, _, _ = self._heads(self._inputs(observations, actions))
         return mean.std(1, correction=0).square().mean(-1).sqrt()
+
+
+def _one_hot(index: Tensor, count: int) -> Tensor:
+    """``[*]`` to ``[*, count]`` bool; ``F.one_hot`` reads the largest index on the host."""
+    return index.unsqueeze(-1) == torch.arange(count, device=index.device)

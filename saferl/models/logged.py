@@ -29,6 +29,19 @@ SMOOTHING = 1e-3
 class _Replay(Model):
     """Logged rows in the order of their pair: pair p holds ``count[p]`` from ``start[p]`` on."""
 
+    # Tensors once there are data, None before.
+    pairs: Any
+    start: Any
+    count: Any
+    successors: Any
+    following: Any
+    rewards: Any
+    row_costs: Any
+    row_outcomes: Any
+    near: Any
+    near_weight: Any
+    arrival: Any
+
     def __init__(
         self,
         init: MemberRandom,
@@ -173,6 +186,8 @@ class KNNModel(_Replay):
             are many, and rows that follow each other closely resemble each other.
     """
 
+    bandwidth: Tensor
+
     def __init__(
         self,
         init: MemberRandom,
@@ -237,6 +252,16 @@ class TabularModel(_Replay):
         states: ``[S, O]`` table of states, whose order is then that of `mdp`; None takes the
             distinct observations and next observations of the data.
     """
+
+    # Tensors once there are data, None before.
+    states: Any
+    state_scale: Any
+    state_start: Any
+    state_count: Any
+    actions: Any
+    initial: Any
+    logged: Any
+    nearest: Any
 
     def __init__(
         self,

@@ -200,6 +200,7 @@ def exact_evaluate(mdp: TabularMDP, policy: Any, discount: float = 1.0) -> Evalu
             end.
     """
     policy = mdp.policy(policy)
+    assert mdp.supported is not None
     live = ~mdp.terminal
     under = mdp.under(policy)
     visits = np.zeros(mdp.states)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linprog
@@ -180,7 +181,7 @@ def plan_constrained(
             break
     kept = [(float(w), *column) for w, column in zip(result.x, columns) if w > 1e-12]
     total = sum(weight for weight, _, _ in kept)
-    visits = sum(weight / total * found.visits for weight, _, found in kept)
+    visits: Any = sum(weight / total * found.visits for weight, _, found in kept)
     visited = visits.sum(1, keepdims=True)
     policy = mdp.policy(kept[0][1])
     policy = np.where(visited > 0, visits / np.where(visited > 0, visited, 1.0), policy)

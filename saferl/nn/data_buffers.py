@@ -16,6 +16,8 @@ class DataBuffers(nn.Module):
     of the state. Loading makes this module's buffers exactly those of the state.
     """
 
+    _anchor: Tensor
+
     def __init__(self):
         super().__init__()
         # Tells the device of a module that holds no data yet; not part of the state.

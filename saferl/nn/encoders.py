@@ -10,6 +10,8 @@ share and only the critics' loss moves, then a trunk for each.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -101,6 +103,8 @@ class Trunk(nn.Module):
 
 class PixelActor(nn.Module):
     """An actor of the package on the features of an encoder that the critics own and train."""
+
+    actor: Any
 
     def __init__(self, encoder: Encoder, trunk: Trunk, actor: nn.Module):
         super().__init__()

@@ -45,6 +45,13 @@ class FeatureMap(DataBuffers):
         SaferlError: an unknown scaling or encoding; pca with whitening; sizes that do not fit.
     """
 
+    # Tensors once there are data, None before.
+    observation_shift: Any
+    observation_scale: Any
+    action_shift: Any
+    action_scale: Any
+    rotation: Any
+
     def __init__(
         self,
         scaling: str = "standard",
@@ -123,7 +130,7 @@ class FeatureMap(DataBuffers):
         """``[*]`` bool: finite, and a discrete action that exists."""
         valid = rows.isfinite().all(-1)
         if self.discrete:
-            valid &= (rows[..., -1] >= 0) & (rows[..., -1] < math.prod(self.factors))
+            valid &= (rows[..., -1] >= 0) & (rows[..., -1] < math.prod(self.factors or ()))
         return valid
 
     def action_levels(self, rows: Tensor) -> Tensor:
@@ -131,7 +138,7 @@ class FeatureMap(DataBuffers):
         if not self.discrete:
             return rows[..., self.observation_dim :]
         index, levels = rows[..., -1].long(), []
-        for n in reversed(self.factors):
+        for n in reversed(self.factors or ()):
             levels.append(index % n)
             index = index // n
         return torch.stack(levels[::-1], -1).to(rows.dtype)
@@ -208,6 +215,7 @@ class FeatureMap(DataBuffers):
         z = self._scaled(rows).double()
         covariance = torch.cov(z.T, correction=0).reshape(z.shape[1], z.shape[1])
         values, vectors = torch.linalg.eigh(covariance)
+        assert self.pca is not None
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         share = values.cumsum(0) / values.sum()
         count = int((share < self.pca - 1e-12).sum()) + 1
@@ -220,7 +228,7 @@ class FeatureMap(DataBuffers):
             return torch.cat((s, (levels - self.action_shift) * self.action_scale), -1)
         codes = [
             (levels[..., i, None] == torch.arange(n, device=rows.device)).to(s.dtype)
-            for i, n in enumerate(self.factors)
+            for i, n in enumerate(self.factors or ())
         ]
         return torch.cat((s, torch.cat(codes, -1) * (self.action_weight / math.sqrt(2))), -1)
 

@@ -177,6 +177,7 @@ class MLP(nn.Module):
             x = self._run(inputs, slice(layer, layer + 1), elements, frozen)
             x = self._activate(x, layer, elements)
             if dropout:
+                assert random is not None
                 x = x * (random.uniform(*x.shape[1:]) >= dropout) / (1 - dropout)
             inputs = (x,)
         return self._run(inputs, slice(last, None), elements, frozen)

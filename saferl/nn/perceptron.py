@@ -11,7 +11,7 @@ gradients of those parts alone that need one, and on a CPU products are formed a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,7 +96,9 @@ class Layers(torch.autograd.Function):
         need_inputs, need_weights, need_biases = plan.split(needs)
         units, stacks = kept[: len(weights)], kept[len(weights) :]
         stacks = stacks or [plan.stack(weight) for weight in weights]
-        dinputs, dweights, dbiases = [], [None] * len(weights), [None] * len(weights)
+        dinputs: list[Any] = []
+        dweights: list[Any] = [None] * len(weights)
+        dbiases: list[Any] = [None] * len(weights)
         d = grad.flatten(0, 1).to(plan.dtype)
         for layer in range(len(weights) - 1, -1, -1):
             x, weight = units[layer], stacks[layer]
@@ -125,7 +127,8 @@ def run(plan: Plan, *tensors: Tensor) -> Tensor:
 def _forward(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The output, the input of each layer and the weights, in the type of the products."""
     inputs, weights, biases = plan.split(tensors)
-    x, units = plan.join(inputs), []
+    units: list[Tensor] = []
+    x = plan.join(inputs)
     stacks = [plan.stack(weight) for weight in weights]
     for weight, bias in zip(stacks, map(plan.stack, biases)):
         if units:

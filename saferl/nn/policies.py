@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +160,8 @@ class TanhGaussianActor(nn.Module):
 
     def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
         """`density` of actions ``[M, B, A]`` at observations, ``[M, B]``."""
-        return self.density(*self(observations), actions)
+        mean, log_std = self(observations)
+        return self.density(mean, log_std, actions)
 
 
 class CategoricalActor(nn.Module):
@@ -197,6 +199,12 @@ class Policy(nn.Module):
     Observation normaliser and action scaling are buffers, so they travel with the weights.
     """
 
+    actor: Any
+    observation_mean: Tensor
+    observation_std: Tensor
+    action_center: Tensor
+    action_half_range: Tensor
+
     def __init__(self, actor: nn.Module, spec: Spec, members: int):
         super().__init__()
         self.actor, self.spec, self.members = actor, spec, members
@@ -219,6 +227,7 @@ class Policy(nn.Module):
             raise SaferlError(f"no member {index}: the policy has {self.members}, counted from 0")
         one = copy.deepcopy(self)
         one.members = 1
+        module: Any
         for module in one.actor.modules():
             if hasattr(module, "members"):
                 module.members = 1

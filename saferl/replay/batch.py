@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class Batch(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the batch, in a fixed order."""
-        return [*(field for field in self[:-1] if field is not None), *self.extras.values()]
+        fields: Any = self[:-1]
+        return [*(field for field in fields if field is not None), *self.extras.values()]
 
     def rows(self, start: int, stop: int) -> Batch:
         """The rows from ``start`` to ``stop`` of each member."""
@@ -32,20 +33,21 @@ class Batch(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """``change`` of each field that is there."""
-        fields = (None if field is None else change(field) for field in self[:-1])
-        return Batch(*fields, {name: change(field) for name, field in self.extras.items()})
+        fields: Any = (None if field is None else change(field) for field in self[:-1])
+        return Batch._make([*fields, {name: change(f) for name, f in self.extras.items()}])
 
     @staticmethod
     def concatenate(batches: Sequence[Batch], axis: int) -> Batch:
         """Batches along the axis of members (0) or of rows (1)."""
         if len(batches) == 1:
             return batches[0]
-        fields = zip(*(batch[:-1] for batch in batches))
+        fields: Any = zip(*(batch[:-1] for batch in batches))
         extras = {
             name: torch.cat([batch.extras[name] for batch in batches], axis)
             for name in batches[0].extras
         }
-        return Batch(*(None if f[0] is None else torch.cat(f, axis) for f in fields), extras)
+        joined: Any = (None if f[0] is None else torch.cat(f, axis) for f in fields)
+        return Batch._make([*joined, extras])
 
 
 class Sampler(Protocol):

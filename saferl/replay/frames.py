@@ -209,14 +209,18 @@ class OnlineFrameBuffer(OnlineBuffer):
         if stack == 1:
             return frames[:, 0], frames[:, 1]
         first = np.flatnonzero(np.append(True, ends[:-1]))
-        held, at, start, known = [], [], [], 0
+        parts: tuple[list[Any], list[Any], list[Any]] = [], [], []
+        (held, at, start), known = parts, 0
         for begin, end in zip(first, [*first[1:], len(index)]):
             held += [frames[begin, :stack], frames[begin:end, stack]]
             at.append(known + stack - 1 + np.arange(end - begin))
             start.append(np.full(stack + end - begin, known))
             known += stack + end - begin
-        held, at, start = map(np.concatenate, (held, at, start))
-        return Frames(held, at, start, stack), Frames(held, at + 1, start, stack)
+        all_frames, newest, first_of = map(np.concatenate, parts)
+        return (
+            Frames(all_frames, newest, first_of, stack),
+            Frames(all_frames, newest + 1, first_of, stack),
+        )
 
     def _by_member(self) -> Tensor:
         return self.frames.view(self.members, self.capacity, *self.frames.shape[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class MixedSampler:
 
     @property
     def streams_of_random(self) -> Sequence[MemberRandom]:
-        sources = [self.online] if self.offline is None else [self.online, self.offline]
+        sources: list[Any] = [self.online] if self.offline is None else [self.online, self.offline]
         return (self.random, *(source.random for source in sources))
 
     def count_env_step(self) -> int:
@@ -144,9 +144,11 @@ class MixedSampler:
 
     def _draw(self, members: Sequence[int], n: int, rows: int, count: int) -> Batch:
         if count == rows:
+            assert self.offline is not None
             return self.offline.sample_of(members, n * rows)
         if count == 0:
             return self._own(members, n * rows)
+        assert self.offline is not None
         logged = self.offline.sample_of(members, n * count)
         own = self._own(members, n * (rows - count))
         if n == 1:

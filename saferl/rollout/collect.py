@@ -22,7 +22,7 @@ def collect_transitions(
     slots: int = 16,
     horizon: int | None = None,
     progress: bool = False,
-) -> dict[str, np.ndarray | None]:
+) -> dict[str, Any]:
     """Record at least ``steps`` transitions in whole episodes.
 
     ``policy``: a policy of one member, or None for uniformly random actions. ``stochastic`` draws
@@ -59,7 +59,7 @@ def collect_transitions(
         row.close()
 
 
-def _collect(row, choose, steps: int, seed: int, progress: bool) -> dict[str, np.ndarray | None]:
+def _collect(row, choose, steps: int, seed: int, progress: bool) -> dict[str, Any]:
     count, started, done = len(row.envs), 0, 0
     parts: list[list[tuple]] = [[] for _ in range(count)]  # the running episode of each slot
     finished: dict[int, list[tuple]] = {}

@@ -14,6 +14,7 @@ import numpy as np
 
 from saferl.errors import SaferlError, one_line
 from saferl.registry import make_env
+from saferl.spec import neither_box_nor_discrete
 
 Env = Any  # a gymnasium id, or a function without arguments that makes an environment
 
@@ -53,6 +54,8 @@ def check_sizes(name: str, spaces: Spaces, spec: Any) -> None:
     wanted = _actions(spec.discrete, spec.action_dim)
     found = _actions(spaces.discrete, spaces.action_dim)
     if wanted != found:
+        if spaces.discrete and spec.discrete and spec.action_dim == spaces.action_dim + 1:
+            advice = "where the data's actions count from 1, load them with action_start=1"
         raise SaferlError(f"{name} takes {found}, but {wanted} are expected: {advice}")
 
 
@@ -86,10 +89,7 @@ class Spaces:
         self.observation_dim = int(spaces.flatdim(space))
         self.discrete = isinstance(action, spaces.Discrete)
         if not self.discrete and not isinstance(action, spaces.Box):
-            raise SaferlError(
-                f"action space {action} is neither Box nor Discrete: wrap the environment so that "
-                "it is"
-            )
+            raise SaferlError(neither_box_nor_discrete(action))
         self._box = isinstance(space, spaces.Box)
         self.space, self._flatten = space, spaces.flatten
         if self.discrete:
@@ -103,7 +103,7 @@ class Spaces:
     def flatten(self, observation: Any) -> np.ndarray:
         if self._box:
             return np.asarray(observation).reshape(-1)
-        return self._flatten(self.space, observation)
+        return np.asarray(self._flatten(self.space, observation))
 
     def clip(self, actions: np.ndarray) -> np.ndarray:
         """``[B, A]`` float32 inside the Box, or ``[B]`` int64: what is executed and recorded."""
@@ -112,6 +112,7 @@ class Spaces:
         return np.clip(actions.astype(np.float32), self.low, self.high)
 
     def native(self, action: np.ndarray) -> Any:
+        """What the environment takes; a discrete action of its own numbers, whatever they begin at."""
         if self.discrete:
             return int(action) + self._start
         # A copy: an environment may keep or change the array that it is given.

@@ -156,8 +156,9 @@ class RunConfig:
         object.__setattr__(self, "cost_limits", tuple(self.cost_limits))
         for spec in dataclasses.fields(self):
             low, value = spec.metadata.get("low"), getattr(self, spec.name)
-            values = value if spec.name == "cost_limits" else (value,)
-            for number in values if low is not None else ():
+            if low is None:
+                continue
+            for number in value if spec.name == "cost_limits" else (value,):
                 if isinstance(number, (int, float)):
                     _check(spec.name, number, low)
 

@@ -226,7 +226,8 @@ def _concatenate(sources: Sequence[_Source]) -> _Source:
         and key not in varied
         and len({s.value(m, key) for s, m in places}) > 1
     ]
-    members, seen = [], {}
+    members: list[Member] = []
+    seen: dict[Any, Path] = {}
     for source, m in places:
         values = {key: source.value(m, key) for key in varied}
         member = Member(source.config.who[m].seed, values)

@@ -12,7 +12,7 @@ from typing import Any
 from saferl.registry import agent_class
 from saferl.runs.config import FORMAT, Values
 
-ADDED = {"guard": None, "keep_checkpoints": 2, "engine": "auto", "precision": "fp32",
+ADDED: Values = {"guard": None, "keep_checkpoints": 2, "engine": "auto", "precision": "fp32",
          "start_from": None, "threads": 1}  # fmt: skip
 """Options that the first versions did not write."""
 

@@ -69,12 +69,12 @@ def convert(
             raise SaferlError(f"a discount lies between 0 and 1, got {value}")
         if value == 1 and "occupancy" in (to, unit):
             raise SaferlError("the (1 - γ)-scaled occupancy of a cost needs a discount below 1")
-    factors = {"episode": 1.0, "step": 1.0 / horizon}
+    factors: dict[str, Any] = {"episode": 1.0, "step": 1.0 / horizon}
     if {to, unit} & {"discounted", "occupancy"}:
         spent = _discounted_steps(horizon, discount)
         factors |= {"discounted": spent / horizon, "occupancy": spent * (1 - discount) / horizon}
     factor = factors[to] / factors[unit]
-    converted = cost * factor
+    converted: Any = cost * factor
     return converted.to(cost.dtype) if hasattr(cost, "dtype") else converted
 
 

@@ -41,6 +41,14 @@ class Multipliers(nn.Module):
             above 0, or a start outside [0, maximum] (``softplus``: 0; ``pid``: any but 0).
     """
 
+    lr: Tensor
+    kp: Tensor
+    kd: Tensor
+    maximum: Tensor
+    level: Tensor
+    integral: Tensor
+    before: Tensor
+
     def __init__(
         self,
         members: int,
@@ -65,15 +73,15 @@ class Multipliers(nn.Module):
                 raise SaferlError(f"{name} of a multiplier is a number of 0 or more, got {value}")
             self.register_buffer(name, column.expand(members, 1).clone(), persistent=False)
         if start is None:
-            level = math.log(2) if kind == "softplus" else 0.0
-            level = torch.full((members, constraints), level).minimum(self.maximum)
+            first = math.log(2) if kind == "softplus" else 0.0
+            level = torch.full((members, constraints), first).minimum(self.maximum)
         else:
             if not 0 <= start < math.inf or (start == 0 and kind == "softplus"):
                 bound = "above 0" if kind == "softplus" else "of 0 or more"
                 raise SaferlError(f"a {kind} multiplier starts at a number {bound}, got {start}")
             if start and kind == "pid":
                 raise SaferlError("a pid multiplier starts at 0: its integral is what it remembers")
-            if (start > self.maximum).any():
+            if bool((self.maximum < start).any()):
                 raise SaferlError(f"a multiplier that starts at {start:g} is above its maximum")
             level = torch.full((members, constraints), float(start))
         self.register_buffer("level", _inverse_softplus(level) if kind == "softplus" else level)

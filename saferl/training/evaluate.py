@@ -121,8 +121,9 @@ def evaluate_run(
         values |= _exact(exact_values(task, policy))
         frontier = exact_frontier(task)
 
-    guards, guarded = [], []
-    for (name, budgets, limit), shields in zip(plans, makers):
+    guards: list[Guard] = []
+    guarded: list[Evaluation] = []
+    for (name, budgets, kept), shields in zip(plans, makers):
         rows = [
             _alone(env, shield, m, episodes, seed, step, progress, counting)
             for m, shield in enumerate(shields())
@@ -131,12 +132,12 @@ def evaluate_run(
         if task is not None and budgets[0] is None:  # else what it does depends on the past
             found = [_exact(exact_values(task, shield)) for shield in shields()]
             exact = {key: [one[key][0] for one in found] for key in found[0]}
-        file = name.replace(", ", "-").replace(" ", "-") + ".csv"
-        guards.append(Guard(name, file, limit, exact))
+        file_name = name.replace(", ", "-").replace(" ", "-") + ".csv"
+        guards.append(Guard(name, file_name, kept, exact))
         guarded.append(Evaluation.concatenate(rows))
 
-    for one, rows in zip(guards, guarded):
-        rows.write(folder.path / one.file)
+    for one, result in zip(guards, guarded):
+        result.write(folder.path / one.file)
     file = folder.path / "evaluation.csv"
     if file.exists() and len(earlier := Evaluation.read(file).until(step - 1)):
         bare = Evaluation.concatenate([earlier, bare])

@@ -137,7 +137,7 @@ class Estimate:
 
 
 def estimate(
-    cls: type,
+    cls: Any,
     spec: Spec,
     config: Any,
     members: int | Sequence[int],
@@ -212,7 +212,7 @@ def estimate(
 
 def announce(
     say: Callable[[str], None],
-    cls: type,
+    cls: Any,
     spec: Spec,
     config: Any,
     members: int | Sequence[int],
@@ -277,7 +277,7 @@ class Probe(NamedTuple):
 
 
 def probe(
-    cls: type,
+    cls: Any,
     spec: Spec,
     config: Any,
     members: int,

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from saferl.errors import SaferlError, one_line
 from saferl.io import part
-from saferl.replay import ReplayBuffer, online_buffer_class
-from saferl.replay.mixed import MixedSampler
+from saferl.replay import MixedSampler, SharedBuffer, online_buffer_class
 from saferl.rng import MemberRandom, Stream
 from saferl.rollout import EnvironmentFailed, VectorEnv
 from saferl.training.engine import Engine
@@ -61,7 +60,7 @@ class OnlineEngine(Engine):
         agent: Any,
         slots: VectorEnv,
         steps: int,
-        offline: ReplayBuffer | None = None,
+        offline: SharedBuffer | None = None,
         names: Sequence[str] | None = None,
         guard: Callable[[Any], Any] | None = None,
         say: Callable[[str], None] = lambda line: None,
@@ -81,7 +80,8 @@ class OnlineEngine(Engine):
             agent.spec, c.online_capacity or max(1, self.acting), seeds, agent.device, True,
             agent.batch_extras(c),
         )  # fmt: skip
-        super().__init__(agent, MixedSampler(c, offline, self.online, seeds), kind)
+        self.mixed = MixedSampler(c, offline, self.online, seeds)
+        super().__init__(agent, self.mixed, kind)
         self.random = MemberRandom(seeds, agent.device, stream=Stream.ACTING)
         self.policy = agent.behaviour()
         self.steps = 0  # of the run
@@ -126,17 +126,17 @@ class OnlineEngine(Engine):
         """``steps`` steps of the run; fewer where an environment or a guard fails (`failure`)."""
         for done in range(steps):
             if self.steps < self.agent.config.offline_steps:
-                self.buffer.pretraining = True
+                self.mixed.pretraining = True
                 self.steps += 1
                 self._update()
                 continue
-            self.buffer.pretraining = False
+            self.mixed.pretraining = False
             if self.exploring.any() and not self._act():
                 return done
             self.steps += 1
-            made = self.buffer.count_env_step()
+            made = self.mixed.count_env_step()
             for _ in range(self._due(made) - self._due(made - 1)):
-                if self.buffer.ready():
+                if self.mixed.ready():
                     self._update()
         return steps
 
@@ -199,7 +199,7 @@ class OnlineEngine(Engine):
         self.failure = SaferlError(f"{error} (member {self.names[failed]})")
 
     def _choose(self, observations: np.ndarray) -> Tensor:
-        if self.buffer.env_steps < self.agent.config.random_steps:
+        if self.mixed.env_steps < self.agent.config.random_steps:
             return self._uniform(self.random.uniform(1, self.agent.spec.action_dim).cpu())
         rows = torch.from_numpy(observations).to(self.agent.device)
         return self.policy.sample(rows, self.random)
@@ -282,7 +282,7 @@ class OnlineEngine(Engine):
                 state[f"guard.{name}"] = torch.stack([guard[name] for guard in guards])
         state["acting.random"] = self.random.state_dict()["state"]
         state["steps"] = torch.tensor(self.steps)
-        state["acted"] = torch.tensor(self.buffer.env_steps)
+        state["acted"] = torch.tensor(self.mixed.env_steps)
         state["has_costs"] = torch.tensor(self.slots.has_costs)
         return state
 
@@ -290,7 +290,7 @@ class OnlineEngine(Engine):
         super().load_state_dict(state)
         slots, acting = self.slots, part(state, "acting.")
         self.random.load_state_dict({"state": acting.pop("random")})
-        self.steps, self.buffer.env_steps = int(state["steps"]), int(state["acted"])
+        self.steps, self.mixed.env_steps = int(state["steps"]), int(state["acted"])
         slots.has_costs = bool(state["has_costs"])
         values = {name: tensor.numpy().copy() for name, tensor in acting.items()}
         own = ("spent", "exploring", "episodes", "finished", "last", "replaced", "actions")
@@ -335,7 +335,8 @@ class _Proposal:
     """What a guard is made round: gives the action that the member's policy has drawn already."""
 
     def __init__(self, spec: Any):
-        self.spec, self.action = spec, None
+        self.spec = spec
+        self.action: Any = None
 
     def __call__(self, observations: np.ndarray) -> np.ndarray:
         return self.action[None]

@@ -170,22 +170,22 @@ def _request(url: str, part: Path, label: str) -> bool:
         elif not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
             raise OSError("the server sent another part of the file than was asked for")
         length = response.headers.get("Content-Length")
-        total = None if length is None else have + int(length)
+        size = None if length is None else have + int(length)
         free = shutil.disk_usage(part.parent).free
-        if total is not None and total - have > free:
+        if size is not None and size - have > free:
             raise SaferlError(
-                f"{url} needs {(total - have) / 1e6:.0f} MB but {part.parent} has "
+                f"{url} needs {(size - have) / 1e6:.0f} MB but {part.parent} has "
                 f"{free / 1e6:.0f} MB free: free some space or set SAFERL_DATA_DIR"
             )
         version = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if version and not version.startswith("W/"):  # weak tags cannot vouch for bytes
             _tag(part).write_text(version)
-        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=label, disable=None)
+        bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=label, disable=None)
         with part.open("ab" if have else "wb") as file, bar:
             while block := response.read(BLOCK):
                 file.write(block)
                 bar.update(len(block))
-    return total is None or part.stat().st_size == total
+    return size is None or part.stat().st_size == size
 
 
 def sha256(path: Path) -> str:

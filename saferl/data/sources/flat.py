@@ -76,7 +76,7 @@ def check_memory(path: Path, need: int) -> None:
 def from_file(path: Path, arrays: dict, card: Card, clip: bool, card_fields: dict) -> Dataset:
     """`Dataset.from_arrays` with the file named in what goes wrong."""
     try:
-        return Dataset.from_arrays(**arrays, card=card.replace(**card_fields), clip_actions=clip)
+        return Dataset.from_arrays(**arrays, card=card, clip_actions=clip, **card_fields)
     except SaferlError as error:
         raise SaferlError(f"{path}: {error}") from None
 
@@ -103,8 +103,8 @@ def read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
 
 def load(path: Path, *, clip_actions: bool = False, **card_fields: Any) -> Dataset:
     """A ``.hdf5``, ``.h5`` or ``.npz`` file with D4RL's keys."""
-    arrays, card = read_npz(path) if path.suffix.lower() == ".npz" else read_hdf5(path)
-    card = Card(path.name, origin=str(path)) if card is None else Card.from_dict(card)
+    arrays, saved = read_npz(path) if path.suffix.lower() == ".npz" else read_hdf5(path)
+    card = Card(path.name, origin=str(path)) if saved is None else Card.from_dict(saved)
     return from_file(path, arrays, card, clip_actions, card_fields)
 
 

@@ -21,6 +21,7 @@ from saferl.data.card import Card
 from saferl.data.dataset import Dataset
 from saferl.data.sources import fetch
 from saferl.errors import SaferlError, nearest
+from saferl.spec import action_levels
 
 _MAZES = [f"pointmaze/{m}{d}" for m in ("open", "umaze", "medium", "large") for d in ("", "-dense")]
 _HANDS = [
@@ -48,6 +49,9 @@ def load(
 ) -> Dataset:
     """A Minari dataset.
 
+    ``MultiDiscrete`` and ``MultiBinary`` actions become one integer, the first number slowest, where
+    ``action_levels`` is given: the levels of each number.
+
     Args:
         source: an id such as ``D4RL/door/human-v2``, or a ``MinariDataset``. An id is looked for
             under ``MINARI_DATASETS_PATH`` (default ``~/.minari/datasets``), then downloaded.
@@ -63,9 +67,13 @@ def load(
         raise SaferlError(
             f"from_minari takes an id or a MinariDataset, got {type(source).__name__}"
         )
-    arrays = _arrays(dataset, cost_key)
-    card = _card(dataset).replace(**card_fields)
-    return Dataset.from_arrays(**arrays, card=card, clip_actions=clip_actions)
+    card = _card(dataset)
+    levels = card_fields.get("action_levels", card.action_levels)
+    arrays = _arrays(dataset, cost_key, levels)
+    card_fields.pop("action_start", None)  # the space says, and `_arrays` has taken it off
+    return Dataset.from_arrays(
+        **arrays, card=card.replace(**card_fields), clip_actions=clip_actions
+    )
 
 
 def _open(id: str, download: bool) -> Any:
@@ -139,11 +147,11 @@ def _card(dataset: Any) -> Card:
         reference_returns=None if None in (low, high) else (low, high),
         reference_source=None if None in (low, high) else "Minari",
         origin=f"Minari {dataset.id}",
-        notes=notes,
+        notes=tuple(notes),
     )
     space = dataset.action_space
-    if hasattr(space, "n"):
-        return card.replace(n_actions=int(space.n))
+    if isinstance(getattr(space, "n", None), (int, np.integer)) and hasattr(space, "start"):
+        return card.replace(n_actions=int(space.n), action_start=int(space.start))
     if not hasattr(space, "low"):
         return card  # `_arrays` refuses it
     low, high = np.ravel(space.low), np.ravel(space.high)
@@ -183,18 +191,29 @@ def _flatten(space: Any, values: Any) -> np.ndarray:
     return values.reshape(len(values), -1).astype(np.float32, copy=False)
 
 
-def _arrays(dataset: Any, cost_key: str) -> dict[str, Any]:
+def _arrays(dataset: Any, cost_key: str, levels: Any) -> dict[str, Any]:
     from gymnasium import spaces
 
     space, actions_space = dataset.observation_space, dataset.action_space
-    if not isinstance(actions_space, (spaces.Box, spaces.Discrete)):
-        raise SaferlError(f"action space {actions_space} is not supported: Box or Discrete only")
+    several = isinstance(actions_space, (spaces.MultiDiscrete, spaces.MultiBinary))
+    if several:
+        found = action_levels(actions_space)
+        if levels is None or tuple(np.ravel(levels).tolist()) != found:
+            raise SaferlError(
+                f"action space {actions_space} has several numbers per action: pass "
+                f"action_levels={found} to make one integer of each combination"
+            )
+    elif not isinstance(actions_space, (spaces.Box, spaces.Discrete)):
+        raise SaferlError(
+            f"action space {actions_space} is not supported: Box, Discrete, MultiDiscrete or "
+            "MultiBinary only"
+        )
     n = dataset.total_steps
     pixels = isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1
     shape = space.shape if pixels else (_width(space),)
     kind = np.uint8 if pixels else np.float32
-    discrete = isinstance(actions_space, spaces.Discrete)
-    action_shape = () if discrete else (int(np.prod(actions_space.shape, dtype=int)),)
+    discrete = several or isinstance(actions_space, spaces.Discrete)
+    action_shape = tuple(actions_space.shape or ()) and (int(np.prod(actions_space.shape or ())),)
     out: dict[str, Any] = {
         "observations": np.empty((n, *shape), kind),
         "next_observations": np.empty((n, *shape), kind),
@@ -204,6 +223,8 @@ def _arrays(dataset: Any, cost_key: str) -> dict[str, Any]:
         "timeouts": np.empty(n, bool),
         "costs": np.empty(n, np.float32),
     }
+    # Of `Discrete` one number, of `MultiDiscrete` one for each.
+    offset = np.reshape(getattr(actions_space, "start", 0), action_shape) if discrete else 0
     with_costs, start = [], 0
     for episode in dataset.iterate_episodes():
         stop = start + len(episode)
@@ -214,7 +235,6 @@ def _arrays(dataset: Any, cost_key: str) -> dict[str, Any]:
         out["observations"][start:stop] = states[:-1]
         out["next_observations"][start:stop] = states[1:]
         actions = np.asarray(episode.actions)
-        offset = int(actions_space.start) if discrete else 0
         out["actions"][start:stop] = actions.reshape(stop - start, *action_shape) - offset
         out["rewards"][start:stop] = episode.rewards
         out["terminals"][start:stop] = episode.terminations
@@ -267,18 +287,19 @@ def export(dataset: Dataset, id: str, **options: Any) -> Any:
         low, high, kind = (0, 255, np.uint8) if pixels else (-np.inf, np.inf, np.float32)
         shape = dataset.observations.shape[1:]
         options.setdefault("observation_space", gymnasium.spaces.Box(low, high, shape, kind))
+        actions: Any
         if dataset.discrete:
             actions = gymnasium.spaces.Discrete(int(dataset.action_dim))
         else:
-            bounds = (np.array(b, np.float32) for b in
-                      (dataset.card.action_low, dataset.card.action_high))  # fmt: skip
-            actions = gymnasium.spaces.Box(*bounds, dtype=np.float32)
+            card = dataset.card
+            least, most = (np.array(b, np.float32) for b in (card.action_low, card.action_high))
+            actions = gymnasium.spaces.Box(least, most, dtype=np.float32)
         options.setdefault("action_space", actions)
         options.setdefault("jpeg_encoding", False)  # JPEG would change the pixels
         spans = [tuple(span) for span in dataset.episodes.tolist()]
         if dataset.fragment is not None:
             spans.append(dataset.fragment)
-        buffers = []
+        buffers: list[Any] = []
         for start, stop in spans:
             part = slice(start, stop)
             states = (dataset.observations[part], dataset.next_observations[stop - 1 : stop])

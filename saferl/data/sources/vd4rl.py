@@ -36,7 +36,7 @@ from saferl.io import write_text
 CARD = "saferl_card.json"  # beside episodes that `save` wrote
 NPZ = ("image", "action", "reward", "discount", "is_terminal")
 HDF5 = ("observation", "action", "reward", "discount", "step_type")
-Rows = dict[str, np.ndarray]  # image [T+1, …], action, reward, terminal of one episode
+Rows = dict[str, Any]  # image [T+1, …], action, reward, terminal of one episode
 
 
 def load(
@@ -71,9 +71,9 @@ def load(
             "path= (saferl downloads none of them)"
         )
     parts, lengths = [], []  # steps of each episode, one more row
-    for name in files:
-        for span in _spans(name):
-            parts.append((name, span))
+    for file in files:
+        for span in _spans(file):
+            parts.append((file, span))
             lengths.append(span[1] - span[0] - 1)
             if size is not None and sum(lengths) >= size:
                 break
@@ -272,7 +272,8 @@ def save(dataset: Dataset, folder: Path) -> Path:
     try:
         temporary.mkdir(parents=True)
         write_text(temporary / CARD, json.dumps(dataset.card.to_dict()))
-        pixels, after = dataset.observations, dataset.next_observations
+        pixels: Any = dataset.observations
+        after: Any = dataset.next_observations
         for number, (start, stop) in enumerate(dataset.episodes):
             numbers = [*pixels.at[start:stop], after.at[stop - 1]]
             length = len(numbers)

@@ -61,6 +61,14 @@ class Guardian(DataBuffers):
         features: the `FeatureMap`; standard scaling of continuous actions if None.
     """
 
+    threshold: Tensor
+    temperature: Tensor
+    alpha: Tensor
+    # Tensors once there are data, None before.
+    rows: Any
+    calibration_scores: Any
+    calibration_mass: Any
+
     weighted: ClassVar[bool] = False  # whether fit takes weights
 
     def __init__(self, features: FeatureMap | None = None):
@@ -300,8 +308,8 @@ class Guardian(DataBuffers):
             return in_kind(self.flag(scores).float(), observations)
         if temperature is not None and temperature <= 0:
             raise SaferlError(f"temperature must be positive, got {temperature}")
-        temperature = self.temperature if temperature is None else temperature
-        return in_kind(((scores - self.threshold) / temperature).sigmoid(), observations)
+        width = self.temperature if temperature is None else temperature
+        return in_kind(((scores - self.threshold) / width).sigmoid(), observations)
 
     @torch.no_grad()
     def explain(self, observations: Any, actions: Any, k: int = 5) -> Explanation:
@@ -355,7 +363,7 @@ class Composite(Guardian):
         if not parts:
             raise SaferlError("a composite needs parts: parts=('knn', 'mahalanobis')")
         super().__init__()
-        self.parts = torch.nn.ModuleList(parts)
+        self.parts: Any = torch.nn.ModuleList(parts)
 
     @property
     def rows(self) -> Tensor | None:

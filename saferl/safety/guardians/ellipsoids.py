@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from itertools import combinations_with_replacement
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,6 +117,9 @@ def inverse_root(moment: Tensor, ridge: float = 1e-10) -> Tensor:
 
 
 class _Polynomial(Guardian):
+    # Tensors once there are data, None before.
+    root: Any
+
     def __init__(self, features: FeatureMap | None = None, degree: int = 2):
         super().__init__(features)
         if degree < 1:
@@ -216,6 +220,10 @@ class Mahalanobis(Guardian):
         ridge: added to Σ's diagonal, times the diagonal's mean.
     """
 
+    # Tensors once there are data, None before.
+    mean: Any
+    root: Any
+
     weighted = True
 
     def __init__(self, features: FeatureMap | None = None, ridge: float = 1e-6):
@@ -246,6 +254,11 @@ class GMM(Guardian):
         ridge: added to each covariance's diagonal, in squared feature units.
         seed: of the initial clustering.
     """
+
+    # Tensors once there are data, None before.
+    means: Any
+    roots: Any
+    log_norms: Any
 
     def __init__(
         self,

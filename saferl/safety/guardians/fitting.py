@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from saferl.data.dataset import Dataset
+from saferl.data.frames import Frames
 from saferl.errors import SaferlError
 from saferl.safety.guardians import Guardian, make_guardian
 
 
-def split(dataset: Any, share: float) -> tuple[Any, Any]:
+def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
     """Training and calibration episodes, the same for every member and run.
 
     Raises:
@@ -61,8 +63,8 @@ def guardian_for(name: str, spec: Any, levels: tuple[int, ...] = (), **settings:
 
 def fit_guardian(
     guardian: Guardian,
-    train: Any,
-    held: Any,
+    train: Dataset,
+    held: Dataset,
     alpha: float,
     say: Callable[[str], None],
     most: int | None = None,
@@ -98,5 +100,6 @@ def fit_guardian(
     )
 
 
-def flat(observations: np.ndarray) -> np.ndarray:
+def flat(observations: np.ndarray | Frames) -> np.ndarray:
+    """Observations ``[N, *O]`` as float32 rows ``[N, O]``."""
     return np.asarray(observations, np.float32).reshape(len(observations), -1)

@@ -56,6 +56,9 @@ class Ensemble(Guardian):
         size, hidden, steps, batch_size, lr, seed: of those perceptrons.
     """
 
+    # Tensors once there are data, None before.
+    output_scale: Any
+
     def __init__(
         self,
         features: FeatureMap | None = None,
@@ -74,7 +77,7 @@ class Ensemble(Guardian):
         self.size, self.hidden, self.steps = size, tuple(hidden), steps
         self.batch_size, self.lr, self.seed = batch_size, lr, seed
         self.declare("output_scale")
-        self.network: MLP | None = None
+        self.network: Any = None  # an `MLP`, once fitted
 
     def _fit(self, features, weights, groups, following) -> None:
         observations = self.rows[:, : self.feature_map.observation_dim]
@@ -146,6 +149,9 @@ class VAE(Guardian):
         hidden, steps, batch_size, lr, seed: of encoder and decoder and their training.
     """
 
+    # Tensors once there are data, None before.
+    log_std: Any
+
     def __init__(
         self,
         features: FeatureMap | None = None,
@@ -160,8 +166,8 @@ class VAE(Guardian):
         self.latent_dim, self.hidden, self.steps = latent_dim, tuple(hidden), steps
         self.batch_size, self.lr, self.seed = batch_size, lr, seed
         self.declare("log_std")
-        self.encoder: MLP | None = None
-        self.decoder: MLP | None = None
+        self.encoder: Any = None  # `MLP`s, once fitted
+        self.decoder: Any = None
 
     def _fit(self, features, weights, groups, following) -> None:
         n, dim = features.shape

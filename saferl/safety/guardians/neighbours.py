@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,12 @@ class Count(Guardian):
     For tabular data: discrete states (an index or codes) with discrete actions. Raw rows are
     compared, so the feature map serves `explain` alone. Takes weights: a row then counts as much.
     """
+
+    # Tensors once there are data, None before.
+    keys: Any
+    distinct: Any
+    counts: Any
+    multipliers: Any
 
     weighted = True
 
@@ -98,6 +105,11 @@ class KDE(Guardian):
         seed: of the held-out choice.
     """
 
+    # Tensors once there are data, None before.
+    bandwidth: Any
+    distinct: Any
+    log_weights: Any
+
     weighted = True
 
     def __init__(
@@ -143,8 +155,9 @@ class KDE(Guardian):
             raise SaferlError("the bandwidth needs two rows or episodes: pass bandwidth=")
         chosen = random.permutation(count)[: max(1, count // 5)]
         mask = np.isin(groups, chosen)
-        held = random.permutation(np.flatnonzero(mask))[:HELD_OUT]
-        held, others = torch.from_numpy(held).to(x.device), torch.from_numpy(~mask).to(x.device)
+        chosen_rows = random.permutation(np.flatnonzero(mask))[:HELD_OUT]
+        held = torch.from_numpy(chosen_rows).to(x.device)
+        others = torch.from_numpy(~mask).to(x.device)
         queries, references = x[held], x[self.distinct]
         total = weights.new_zeros(len(references))
         log_w = total.index_add_(0, index[others], weights[others]).log().float()

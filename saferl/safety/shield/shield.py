@@ -116,18 +116,21 @@ class Shield:
             )
         if hasattr(cost_limit, "horizon"):
             cost_limit, horizon = cost_limit.value, horizon or cost_limit.horizon
-        self.spec, self.guardian, self.threshold = spec, guardian, None
+        self.spec, self.guardian = spec, guardian
+        self.threshold: Any = None  # score above which an action is unsupported
         self.cost_limit = None if cost_limit is None else check_limit(cost_limit)
         self.reserve = float(reserve)
         if not 0 <= self.reserve < np.inf:
             raise SaferlError(f"the reserve is a cost of 0 or more, got {reserve!r}")
-        self.horizon = int(horizon or getattr(spec, "horizon", 0))
-        self.samples, self.neighbours, self._candidates = samples, neighbours, candidates
+        self.horizon = int(horizon or getattr(spec, "horizon", 0) or 0)
+        self.samples, self.neighbours = samples, neighbours
+        self._candidates: Any = candidates
         self._policy = PolicyAdapter(policy, "policy")
         if guardian is not None:
             self.threshold = _threshold(guardian)
-        self._fallback = self._check_fallback(fallback, cost_critic)
-        self._cost_critic = self._reward_critic = None
+        self._fallback: Any = self._check_fallback(fallback, cost_critic)
+        self._cost_critic: Any = None
+        self._reward_critic: Any = None
         if cost_critic is not None:
             self._cost_critic = PolicyAdapter(cost_critic, "cost critic")
             if reward_critic is not None:
@@ -150,7 +153,8 @@ class Shield:
             width = self._high - self._low.astype(np.float64)
             slack = SLACK * np.where(width < LARGEST, width, 0)
             self._least, self._most = self._low - slack, self._high + slack
-        self._random, self._seed = None, seed  # made when first needed: its device is a policy's
+        self._seed = seed
+        self._random: Any = None  # made when first needed: its device is a policy's
         self.replaced = np.zeros(0, bool)  # [N], where the last call took another action
         self._log = InterventionLog(records, log)
         self._budget = BudgetTracker(self.cost_limit)
@@ -296,7 +300,10 @@ class Shield:
         # Why each candidate is not accepted; what is written last is the reason that counts.
         why, usable = np.zeros((n, k), np.int64), valid.reshape(n, k)
         best = first = np.zeros(n, np.int64)  # the candidates that are taken and proposed
-        remaining, score, cost, allowed = self.remaining, None, None, None
+        remaining: Any = self.remaining
+        score: Any = None
+        cost: Any = None
+        allowed: Any = None
         if self.guardian is not None:
             score = self._score(repeated, actions, valid).reshape(n, k)
             supported = score <= self.threshold  # false for NaN
@@ -321,7 +328,8 @@ class Shield:
             why[spent] = BUDGET
             usable = usable & ~spent[:, None]
         actions = actions.reshape(proposals.shape)
-        taken, in_support = actions[every, best], None if score is None else supported[every, best]
+        taken = actions[every, best]
+        in_support: Any = None if score is None else supported[every, best]
         if not (acceptable := usable.any(1)).all():
             at = np.flatnonzero(~acceptable)
             taken[at], found = self._replace(rows[at], taken[at])
@@ -331,19 +339,20 @@ class Shield:
         self.replaced = np.zeros(n, bool)
         self._log.steps += int(np.count_nonzero(running))
         for i in ((why != NONE) & running).nonzero()[0]:
-            at, scored, limit = (i, first[i]), None, None
+            scored = limit = None
+            place = i, first[i]
             if why[i] == CRITIC:
-                scored, limit = float(cost[at]), float(allowed[i])
+                scored, limit = float(cost[place]), float(allowed[i])
             elif score is not None:
-                scored, limit = float(score[at]), self.threshold
-            self.replaced[i] = unlike[at] or not np.array_equal(actions[at], taken[i])
+                scored, limit = float(score[place]), self.threshold
+            self.replaced[i] = unlike[place] or not np.array_equal(actions[place], taken[i])
             self._log.add(
                 Intervention(
                     environment=int(i),
                     episode=int(self._budget.episode[i]),
                     step=int(self._budget.step[i]),
                     reason=REASONS[why[i] - 1],
-                    proposed=proposals[at].tolist(),
+                    proposed=proposals[place].tolist(),
                     taken=taken[i].tolist(),
                     changed=bool(self.replaced[i]),
                     score=scored,
@@ -400,10 +409,10 @@ class Shield:
             valid = (actions >= 0) & (actions < self.spec.action_dim)
             valid &= actions == np.floor(actions)
             return np.where(valid, actions, 0).astype(np.int64), valid, np.zeros_like(valid)
-        within = ((actions >= self._least) & (actions <= self._most)).all(1)  # false for NaN
-        if within.all():
-            valid = within
-        else:
+        # Comparisons with NaN are false.
+        within: Any = ((actions >= self._least) & (actions <= self._most)).all(1)
+        valid = within
+        if not within.all():
             valid = (np.abs(actions) <= LARGEST).all(1)
             actions = np.where(valid[:, None], actions, 0)
         clean = np.maximum(np.minimum(actions, self._high), self._low)
