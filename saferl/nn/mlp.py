@@ -49,6 +49,20 @@ def xavier(gain: float = 1.0) -> Initialiser:
     return fill
 
 
+def uniform(bound: float | None = None, bias: float | None = None) -> Initialiser:
+    """Weight and bias from U(±bound), 1/√in if None; the bias all ``bias`` where it is given."""
+
+    def fill(weight: Tensor, biases: Tensor, generator: torch.Generator) -> None:
+        width = weight.shape[1] ** -0.5 if bound is None else bound
+        nn.init.uniform_(weight, -width, width, generator=generator)
+        if bias is None:
+            nn.init.uniform_(biases, -width, width, generator=generator)
+        else:
+            nn.init.constant_(biases, bias)
+
+    return fill
+
+
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # of products; None: that of the parameters
 _compute: torch.dtype | None = None  # type of the products; None: that of the parameters
 
