@@ -1,4 +1,4 @@
-"""The command line: ``saferl train|evaluate|inspect|list|report|collect|split|merge``.
+"""The command line: ``saferl train|evaluate|inspect|list|check|report|collect|split|merge``.
 
 Heavy imports happen inside the commands, so that ``saferl --help`` answers at once. A `SaferlError`
 becomes one line and exit status 2; Ctrl-C exits with 130 after a checkpoint was written.
@@ -7,6 +7,7 @@ becomes one line and exit status 2; Ctrl-C exits with 130 after a checkpoint was
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -161,6 +162,9 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("list", _list, "List agents, datasets or environments.")
     p.add_argument("what", nargs="?", choices=["agents", "datasets", "environments"])
+
+    p = command("check", _check, "Check an agent, environment, dataset or guardian of your own.")
+    p.add_argument("name", help="as registered: see docs/extend")
 
     p = command("report", _report, "Write one HTML report of one or more runs.")
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN")
@@ -378,13 +382,7 @@ def _list(options) -> None:
     for what in [options.what] if options.what else ["agents", "datasets", "environments"]:
         print(f"{what}:")
         if what == "agents":
-            for name in registry.names("agents"):
-                cls = registry.agent_class(name)
-                kind = "discrete" if cls.discrete else "continuous"
-                kind += {True: ", pixels", False: "", None: ", pixels too"}[cls.pixels]
-                acts = "acts" if cls.online else ""
-                doc = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
-                print(f"  {name:14} {kind:11} {acts:5} {doc}")
+            _print_table([_agent_row(name) for name in registry.names("agents")])
         elif what == "datasets":
             for prefix in registry.names("datasets"):
                 loader = registry.dataset_loader(prefix)
@@ -400,9 +398,53 @@ def _list(options) -> None:
                 _print_names(rests)
 
 
+def _agent_row(name: str) -> tuple[str, ...]:
+    from saferl import registry
+
+    cls = registry.agent_class(name)
+    kind = "discrete" if cls.discrete else "continuous"
+    seen = {True: "pixels", False: "vectors", None: "both"}[cls.pixels]
+    doc = (sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")[0]
+    return name, kind, seen, "online" if cls.online else "", doc
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    """Columns as wide as what is in them; the last one below the others where there is no room."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
+    indent = 2 + sum(size + 2 for size in widths)
+    below = width - indent < 60
+    indent = 6 if below else indent
+    for row in rows:
+        head = "  " + "".join(f"{text:{size}}  " for text, size in zip(row, widths))
+        lines = textwrap.wrap(row[-1], width - indent)
+        if below:
+            print(head.rstrip())
+            head = " " * indent
+        for line in lines:
+            print(head + line)
+            head = " " * indent
+
+
 def _print_names(names: list[str]) -> None:
-    for line in textwrap.wrap(", ".join(names), 92, break_on_hyphens=False):
+    width = min(shutil.get_terminal_size().columns, 120) - 6
+    for line in textwrap.wrap(", ".join(names), width, break_on_hyphens=False):
         print(f"      {line}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    from saferl.testing import kind_of, run_checks
+
+    kind, checks, of = kind_of(options.name)
+    failed = 0
+    for result in run_checks(checks, of):
+        failed += not result.passed
+        print(f"{'passed' if result.passed else 'FAILED'}  {result.name}", flush=True)
+        if result.error:
+            print(textwrap.indent(textwrap.fill(result.error, 92), " " * 8))
+    if failed:
+        raise SaferlError(f"{kind} {options.name}: {failed} of {len(checks)} checks failed")
+    print(f"{kind} {options.name}: all {len(checks)} checks passed")
 
 
 def _report(options) -> None:

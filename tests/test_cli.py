@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,20 @@ def test_train_evaluate_report_inspect_collect(data, tmp_path, capsys):
     out = capsys.readouterr().out
     for word in ("td3_bc", "discrete_cql", "hopper-medium-v2", "HopperVelocity-v0", "EpiCare1-v0"):
         assert word in out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_list_is_aligned_and_fits_the_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    heads = [line for line in lines if re.match(r"  \w+ +(continuous|discrete) ", line)]
+    assert len(heads) >= 21
+    for word in (r"(continuous|discrete)", r"(vectors|pixels|both)"):
+        assert len({re.search(rf" {word}( |$)", line).start() for line in heads}) == 1
+    starts = {len(line) - len(line.lstrip()) for line in lines[1 : lines.index("datasets:")]}
+    assert len(starts) == 2, "names, and the text beside or below them"
 
 
 def test_members_are_split_and_merged(data, tmp_path, capsys):

@@ -20,18 +20,18 @@ class Card:
     action_low: tuple[float, ...] | None = None  # continuous bounds, one per component
     action_high: tuple[float, ...] | None = None
     n_actions: int | None = None  # discrete actions 0 … n-1
-    action_start: int = 0  # what the user's own numbers of discrete actions begin at
-    # Levels of each part of an action that is one integer here, first part slowest; None: no parts.
-    action_levels: tuple[int, ...] | None = None
-    columns: tuple[str, ...] = ()  # of a table, that observations come from
-    encoding: str | None = None  # of its text columns: "onehot" or "ordinal"
-    categories: dict[str, tuple] = dataclasses.field(default_factory=dict)  # column → its values
     horizon: int | None = None  # steps after which an episode times out
     reference_returns: tuple[float, float] | None = None  # score 0 (random) and 100 (expert)
     reference_source: str | None = None  # who published the reference: "D4RL", "DSRL", "Minari"
     licence: str = "unknown"
     origin: str = ""
     notes: tuple[str, ...] = ()
+    action_start: int = 0  # what the user's own numbers of discrete actions begin at
+    # Levels of each part of an action that is one integer here, first part slowest; None: no parts.
+    action_levels: tuple[int, ...] | None = None
+    columns: tuple[str, ...] = ()  # of a table, that observations come from
+    encoding: str | None = None  # of its text columns: "onehot" or "ordinal"
+    categories: dict[str, tuple] = dataclasses.field(default_factory=dict)  # column → its values
 
     def __post_init__(self):
         def floats(name: str, value: Any) -> tuple[float, ...]:

@@ -112,7 +112,7 @@ class Spaces:
         return np.clip(actions.astype(np.float32), self.low, self.high)
 
     def native(self, action: np.ndarray) -> Any:
-        """What the environment takes; a discrete action of its own numbers, whatever they begin at."""
+        """What the environment takes, whose discrete actions may begin at another number than 0."""
         if self.discrete:
             return int(action) + self._start
         # A copy: an environment may keep or change the array that it is given.

@@ -49,8 +49,8 @@ def load(
 ) -> Dataset:
     """A Minari dataset.
 
-    ``MultiDiscrete`` and ``MultiBinary`` actions become one integer, the first number slowest, where
-    ``action_levels`` is given: the levels of each number.
+    ``MultiDiscrete`` and ``MultiBinary`` actions become one integer, the first number slowest,
+    where ``action_levels`` is given: the levels of each number.
 
     Args:
         source: an id such as ``D4RL/door/human-v2``, or a ``MinariDataset``. An id is looked for
@@ -224,7 +224,7 @@ def _arrays(dataset: Any, cost_key: str, levels: Any) -> dict[str, Any]:
         "costs": np.empty(n, np.float32),
     }
     # Of `Discrete` one number, of `MultiDiscrete` one for each.
-    offset = np.reshape(getattr(actions_space, "start", 0), action_shape) if discrete else 0
+    offset = np.ravel(getattr(actions_space, "start", 0)) if discrete else 0
     with_costs, start = [], 0
     for episode in dataset.iterate_episodes():
         stop = start + len(episode)
