@@ -1,0 +1,1 @@
+"""An agent, an environment and a dataset source for saferl, as a package of its own."""
