@@ -360,7 +360,9 @@ class Part:
     """Calls as one function of what they take, which sets those of ``needed`` they make."""
 
     def __init__(self, calls: Sequence[Call], needed: set[int]):
-        graph, nodes, inputs = fx.Graph(), {}, {}
+        graph = fx.Graph()
+        nodes: dict[Any, Any] = {}
+        inputs: dict[Any, Any] = {}
         made: set[int] = set()
         for call in calls:
             inputs |= {id(t): t.detach() for t in call.taken if id(t) not in made | inputs.keys()}
@@ -426,7 +428,9 @@ def _agree(
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """With the same strides."""
+    """With the same strides; one that is expanded itself, as nothing can change it in place."""
+    if 0 in tensor.stride():
+        return tensor
     layout = tensor.shape, tensor.stride()
     return torch.empty_strided(*layout, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
@@ -486,7 +490,7 @@ def inductor(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequ
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the compiler's own imports
         try:
-            return torch._inductor.compile(module, inputs)
+            return torch._inductor.compile(module, list[Any](inputs))
         except TorchDynamoException as error:
             line = str(error).strip().splitlines()[0][:200]
             raise SaferlError(

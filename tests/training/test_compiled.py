@@ -154,3 +154,13 @@ def test_a_program_is_compared_on_a_batch_that_it_was_not_compiled_with(monkeypa
     monkeypatch.setattr(compiled, "inductor", frozen)
     with pytest.warns(RuntimeWarning, match="operations come out otherwise"):
         assert_is_eager(agent_class("td3_bc"))
+
+
+def test_an_expanded_tensor_may_be_used_after_an_optimisers_step():
+    class Weighted(BC):
+        def learn(self, batch):
+            weight = batch.rewards.mean(1, keepdim=True).expand_as(batch.rewards)
+            metrics = super().learn(batch)
+            return metrics | {"weighted": (weight * batch.terminals).mean(1)}
+
+    assert_is_eager(Weighted)
