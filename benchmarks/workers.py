@@ -1,16 +1,14 @@
-"""What the benchmarks share: worker processes, the peer's environment, files.
+"""Worker processes, the peer's environment, and what both sides of a comparison are given.
 
 This module runs in the peer's environment too, so it imports the standard library alone.
 """
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PEER = ROOT / ".venv-peers"
 PEER_PACKAGES = ("torch==2.13.0", "d3rlpy==2.8.1")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -41,9 +38,7 @@ def peer_python(given: str | None = None) -> str:
     if not done.exists():
         print(f"making {PEER} with {' and '.join(PEER_PACKAGES)}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(PEER)], check=True)
-        for (
-            package
-        ) in PEER_PACKAGES:  # torch first: the pinned build, not the one d3rlpy would take
+        for package in PEER_PACKAGES:  # torch first: the pinned build, not d3rlpy's choice
             command = [str(python), "-m", "pip", "install", "--quiet", package]
             subprocess.run(command, check=True)
         done.touch()
@@ -53,16 +48,16 @@ def peer_python(given: str | None = None) -> str:
 class Worker:
     """A process with one thread that answers one request at a time, as JSON lines over pipes."""
 
-    def __init__(self, python: str, script: Path, *arguments: str, **environment: str):
-        environment = os.environ | ONE_THREAD | environment
+    def __init__(self, python: str, module: str, *arguments: str, **environment: str):
         self._process = subprocess.Popen(
-            [python, str(script), *arguments],
+            [python, "-m", f"benchmarks.{module}", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            cwd=ROOT,
+            env=os.environ | ONE_THREAD | environment,
         )
-        self.name = script.name
+        self.name = module
 
     def __call__(self, do: str, **arguments: Any) -> Any:
         """Call handler ``do`` in the process and wait for its answer."""
@@ -102,70 +97,10 @@ def serve(handlers: dict[str, Callable[..., Any]]) -> None:
         answers.flush()
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores and system."""
-    model = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {"cpu": model, "cores": os.cpu_count(), "system": f"{platform.system()} {os.uname()[4]}"}
-
-
 def versions(packages: Sequence[str]) -> dict[str, str]:
     """Python's version and the packages'."""
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **found}
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def command() -> str:
-    """The command line that is running, without options that name this machine's paths."""
-    arguments, skip = [], False
-    for argument in sys.argv[1:]:
-        path = argument in ("--peer-python", "--a2pr", "--corl", "--out")
-        if not skip and not path:
-            arguments.append(argument)
-        skip = path
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
-
-
-def header(*packages: str) -> dict[str, Any]:
-    """What results begin with: command, date, machine, and versions of what made them."""
-    return {
-        "command": command(),
-        "date": now(),
-        "machine": machine(),
-        "versions": versions(["saferl", "torch", "numpy", *packages]),
-    }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write beside ``path`` and rename, so that an interruption leaves the earlier file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; the first column to the left, numbers to the right."""
-    lines = [list(map(str, heads)), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-
-    def text(line: Sequence[str]) -> str:
-        cells = [
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        ]
-        return "| " + " | ".join(cells) + " |"
-
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths))
-    return "\n".join([text(lines[0]), rule + "|", *map(text, lines[1:])])
 
 
 # What is equal on both sides, under our names: the defaults for D4RL locomotion of both libraries

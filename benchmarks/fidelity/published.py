@@ -2,7 +2,7 @@
 
     git clone https://github.com/ltlhuuu/A2PR
     git clone https://github.com/corl-team/CORL
-    python benchmarks/published.py --a2pr A2PR --corl CORL      # minutes
+    python -m benchmarks published --a2pr A2PR --corl CORL      # minutes
 
 A2PR's own code, and CORL's TD3+BC, IQL, CQL and Cal-QL. Each class is built and stepped as it is,
 on a bundled dataset; what its file imports for other purposes (d4rl, wandb) is replaced by empty
@@ -11,19 +11,21 @@ modules. Reported is how far apart the weights are.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 from unittest import mock
 
-import common
-from scores import dataset_of
+from benchmarks import report
+from benchmarks.data import dataset_of
+from benchmarks.runner import one_thread
+from benchmarks.study import Study, add
 
 DATASET = "saferl/hopper-velocity-medium-v0"
 READ_AT = (1, 2, 10, 100, 1000)  # updates
@@ -276,15 +278,13 @@ def compare(
     """How far apart the weights of each network are, of how far they have moved."""
     import torch
 
-    from saferl.data.buffer import ReplayBuffer
     from saferl.registry import agent_class
+    from saferl.replay import make_buffer
     from saferl.rng import MemberRandom
-    from saferl.spec import Spec
-    from saferl.training.hybrid import returns_to_go
 
     cls, data = agent_class(kind.agent), dataset_of(DATASET, size)
     config = cls.make_config(kind.settings)
-    spec = Spec.from_dataset(data, config)
+    spec = data.spec(config)
     dtype = getattr(torch, precision)
     torch.set_default_dtype(dtype)
     try:
@@ -292,14 +292,13 @@ def compare(
         for _, parameter, own in published.pairs(ours):
             parameter.data = own.detach().to(dtype, copy=True)
             first.append(parameter.data.clone())
-        returns = returns_to_go(ours, data)
-        buffer = ReplayBuffer.from_dataset(data, spec, [0], returns=returns)
+        buffer = make_buffer(data, spec, [0], extras=cls.batch_extras(config))
         random, rows = MemberRandom([0], stream=1), []
         for update in range(1, updates + 1):
             batch = buffer.sample(config.batch_size).map(lambda field: field.to(dtype))
             fields = [batch.observations, batch.actions, batch.rewards[..., None],
                       batch.next_observations, batch.terminals[..., None]]  # fmt: skip
-            fields += [] if batch.returns is None else [batch.returns[..., None]]
+            fields += [extra[..., None] for extra in batch.extras.values()]
             published.step([field[0] for field in fields], random)
             ours.update(batch)
             if update not in READ_AT and update != updates:
@@ -317,59 +316,53 @@ def compare(
         torch.set_default_dtype(torch.float32)
 
 
-def report(content: dict[str, Any]) -> str:
-    rows = content["rows"]
-    names = list(dict.fromkeys(name for row in rows for name in row["apart"]))
-    table = []
-    for row in rows:
-        cells = [row["apart"].get(name, "") for name in names]
-        cells = ["–" if x is None else x and f"{x:.1e}" for x in cells]
-        table.append([row["agent"], row["file"], row["precision"], row["updates"], *cells])
-    heads = ["agent", "published code", "precision", "updates", *names]
-    return (
-        "# Our updates and published code\n\nBoth begin with the same weights and get the same "
-        f"batches of 256 of {DATASET} and the same random numbers. Distance of the weights of "
-        "both, of the distance that they have moved; –: not moved yet. Rounding is all that may be "
-        "in it: some 1e-15 in float64 and 1e-7 in float32, more where little has moved (targets), "
-        "and much more once a row lies on the other side of a threshold for one of the two (an "
-        "advantage of 0, a ReLU), which in float32 happens within 100 updates.\n\n"
-        + common.table(heads, table)
-        + f"\n\n`{content['command']}`, {content['date']}, one thread of "
-        f"{content['machine']['cpu']}.\n"
-    )
+class Fidelity(Study):
+    name = "published"
+
+    def options(self, parser: ArgumentParser) -> None:
+        for name, address in SOURCES.items():
+            add(parser, f"--{name}", None, f"a clone of {address}", type=Path)
+        add(parser, "--updates", 100)
+        add(parser, "--size", None, "transitions of the dataset (default 100 000)", type=int)
+
+    def check(self, parser: ArgumentParser, options: Namespace) -> None:
+        for kind in () if options.report else KINDS:
+            check(parser, getattr(options, kind.source), kind)
+
+    def measure(self, options: Namespace) -> dict[str, Any]:
+        one_thread()
+        rows = []
+        for kind in KINDS:
+            folder = getattr(options, kind.source)
+            for precision in ("float64", "float32"):
+                rows += compare(kind, folder, options.size, options.updates, precision)
+                told = f"{kind.agent} {precision}: {rows[-1]['apart']}"
+                print(told, file=sys.stderr, flush=True)
+        return self.header(options) | {"rows": rows}
+
+    def report(self, content: dict[str, Any]) -> str:
+        names = list(dict.fromkeys(name for row in content["rows"] for name in row["apart"]))
+        table = []
+        for row in content["rows"]:
+            cells = [row["apart"].get(name, "") for name in names]
+            cells = ["–" if x is None else x and f"{x:.1e}" for x in cells]
+            table.append([row["agent"], row["file"], row["precision"], row["updates"], *cells])
+        heads = ["agent", "published code", "precision", "updates", *names]
+        return (
+            "# Our updates and published code\n\nBoth begin with the same weights and get the same "
+            f"batches of 256 of {DATASET} and the same random numbers. Distance of the weights of "
+            "both, of the distance that they have moved; –: not moved yet. Rounding is all that "
+            "may be in it: some 1e-15 in float64 and 1e-7 in float32, more where little has moved "
+            "(targets), and much more once a row lies on the other side of a threshold for one of "
+            "the two (an advantage of 0, a ReLU), which in float32 happens within 100 updates.\n\n"
+            f"{report.table(heads, table)}\n\n`{content['command']}`, {content['date']}, one "
+            f"thread of {content['machine']['cpu']}.\n"
+        )
 
 
-def check(parser: argparse.ArgumentParser, folder: Path | None, kind: type[Published]) -> None:
+STUDY = Fidelity()
+
+
+def check(parser: ArgumentParser, folder: Path | None, kind: type[Published]) -> None:
     if folder is None or not (folder / kind.file).is_file():
         parser.error(f"--{kind.source} must be a clone of {SOURCES[kind.source]}")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, address in SOURCES.items():
-        parser.add_argument(f"--{name}", type=Path, help=f"a clone of {address}")
-    parser.add_argument("--updates", type=int, default=100)
-    parser.add_argument("--size", type=int, help="transitions of the dataset (default 100 000)")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
-    folders = {name: getattr(options, name) for name in SOURCES}
-    for kind in KINDS:
-        check(parser, folders[kind.source], kind)
-
-    import torch
-
-    torch.set_num_threads(1)
-    content = {**common.header(), "rows": []}
-    for kind in KINDS:
-        for precision in ("float64", "float32"):
-            found = compare(kind, folders[kind.source], options.size, options.updates, precision)
-            content["rows"] += found
-            print(f"{kind.agent} {precision}: {found[-1]['apart']}", file=sys.stderr, flush=True)
-    common.write_json(options.out / "published.json", content)
-    (options.out / "published.md").write_text(text := report(content))
-    print(text, end="")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

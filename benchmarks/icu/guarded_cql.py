@@ -1,34 +1,30 @@
 """CQL, GCQL, CCQL and GCCQL on ICU-Sepsis: learned from logged episodes, evaluated exactly.
 
-    python benchmarks/guarded_cql.py            some minutes on one core
-
 20 000 episodes of clinicians. `discrete_cql` with a guardian in its backup (GCQL), with episodes
 re-sampled by their most frequent action (CCQL) and with both (GCCQL), for several weights of the
-penalty and three seeds each, all with the guardian of benchmarks/ogsrl.py. Survival, cost and share
+penalty and three seeds each, all with the guardian of the study `ogsrl`. Survival, cost and share
 of inadmissible steps of the learned greedy policies follow from the benchmark's tables, without
 sampling.
-
-Writes results/guarded_cql.json and .md.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
-import common
 import numpy as np
 import torch
-from ogsrl import SETTINGS as OGSRL
 
+from benchmarks import report
+from benchmarks.icu.ogsrl import SETTINGS as OGSRL
+from benchmarks.runner import one_thread
+from benchmarks.study import Study, add
 from saferl.agents.discrete_cql import DiscreteCQL
-from saferl.data.buffer import ReplayBuffer
 from saferl.envs import icu_sepsis as icu
 from saferl.evaluation.exact import TabularTask, exact_values
-from saferl.safety.tabular import exact_evaluate
-from saferl.spec import Spec
+from saferl.models.mdp import exact_evaluate
+from saferl.replay import ReplayBuffer
 
 WEIGHTS = (0.01, 0.1, 1.0)
 GUARD = {key: OGSRL[key] for key in ("guardian", "guardian_options", "levels", "alpha",
@@ -43,7 +39,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 NAMES = ("return", "cost", "ood_rate")
 
 
-def train(dataset: Any, settings: dict[str, Any], options: Any) -> tuple[Any, dict[str, list]]:
+def train(
+    dataset: Any, settings: dict[str, Any], options: Namespace
+) -> tuple[Any, dict[str, list]]:
     """Members are weights × seeds; returns the agent and means of its metrics at the end."""
     weights = [w for w in WEIGHTS for _ in range(options.seeds)]
     seeds = [seed for _ in WEIGHTS for seed in range(options.seeds)]
@@ -51,7 +49,7 @@ def train(dataset: Any, settings: dict[str, Any], options: Any) -> tuple[Any, di
         {"hidden": OGSRL["hidden"], "discount": OGSRL["discount"], "weight": weights} | settings
     )
     rows = DiscreteCQL.prepare(dataset, config)
-    agent = DiscreteCQL(Spec.from_dataset(rows, config), config, seeds)
+    agent = DiscreteCQL(rows.spec(config), config, seeds)
     agent.fit(rows, lambda line: print(f"  {line}", flush=True))
     buffer = ReplayBuffer.from_dataset(rows, agent.spec, agent.seeds)
     last: dict[str, torch.Tensor] = {}
@@ -61,6 +59,47 @@ def train(dataset: Any, settings: dict[str, Any], options: Any) -> tuple[Any, di
         if update >= options.updates - share:
             last = {k: last.get(k, 0) + v / share for k, v in metrics.items()}
     return agent, {key: value.tolist() for key, value in last.items()}
+
+
+class GuardedCQL(Study):
+    name, packages = "guarded_cql", ("icu-sepsis",)
+
+    def options(self, parser: ArgumentParser) -> None:
+        add(parser, "--updates", 5_000)
+        add(parser, "--seeds", 3)
+        add(parser, "--episodes", 20_000, "logged")
+
+    def measure(self, options: Namespace) -> dict[str, Any]:
+        one_thread()
+        dataset = icu.make_dataset("clinician", options.episodes)
+        task = TabularTask(icu.mdp("mean"), icu.observations(), "sofa10")
+        rows = []
+        for name, settings in VARIANTS.items():
+            began = time.process_time()
+            agent, metrics = train(dataset, settings, options)
+            values = exact_values(task, agent.policy())
+            for i, weight in enumerate(WEIGHTS):
+                part = slice(i * options.seeds, (i + 1) * options.seeds)
+                row = {"variant": name, "weight": weight} | {k: values[k][part] for k in NAMES}
+                if "ood_rate" in metrics:
+                    row["refused"] = metrics["ood_rate"][part]
+                rows.append(row)
+                shown = "  ".join(f"{k} {np.mean(row[k]):.3f}" for k in NAMES)
+                print(f"{name}, weight {weight:g}: {shown}", flush=True)
+            print(f"{name}: {time.process_time() - began:.0f} s of processor time", flush=True)
+        found = exact_evaluate(icu.mdp("mean"), icu.policy())
+        clinician = {"return": found.value, "cost": found.costs["sofa10"],
+                     "ood_rate": found.ood_rate}  # fmt: skip
+        scale = {name: getattr(options, name) for name in ("updates", "seeds", "episodes")}
+        return self.header(options) | scale | {
+            "variants": VARIANTS, "clinician": clinician, "rows": rows,
+        }  # fmt: skip
+
+    def report(self, content: dict[str, Any]) -> str:
+        return markdown(content)
+
+
+STUDY = GuardedCQL()
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -89,53 +128,4 @@ def markdown(result: dict[str, Any]) -> str:
             "" if refused is None else f"{np.mean(refused):.3f}",
         ])  # fmt: skip
     heads = ["variant", "weight", "survival", "±", "cost", "inadmissible", "refused"]
-    return "\n".join([*lines, common.table(heads, rows)]) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--updates", type=int, default=5_000)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--episodes", type=int, default=20_000, help="logged")
-    parser.add_argument("--out", type=Path, default=common.RESULTS / "guarded_cql")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    dataset = icu.make_dataset("clinician", options.episodes)
-    task = TabularTask(icu.mdp("mean"), icu.observations(), "sofa10")
-    rows = []
-    for name, settings in VARIANTS.items():
-        print(name, flush=True)
-        began = time.process_time()
-        agent, metrics = train(dataset, settings, options)
-        values = exact_values(task, agent.policy())
-        for i, weight in enumerate(WEIGHTS):
-            part = slice(i * options.seeds, (i + 1) * options.seeds)
-            row = {"variant": name, "weight": weight} | {k: values[k][part] for k in NAMES}
-            if "ood_rate" in metrics:
-                row["refused"] = metrics["ood_rate"][part]
-            rows.append(row)
-            shown = "  ".join(f"{k} {np.mean(row[k]):.3f}" for k in NAMES)
-            print(f"  weight {weight:g}  {shown}", flush=True)
-        print(f"  {time.process_time() - began:.0f} s of processor time", flush=True)
-    found = exact_evaluate(icu.mdp("mean"), icu.policy())
-    result = {
-        **common.header("icu-sepsis"),
-        "updates": options.updates,
-        "seeds": options.seeds,
-        "episodes": options.episodes,
-        "variants": VARIANTS,
-        "clinician": {
-            "return": found.value,
-            "cost": found.costs["sofa10"],
-            "ood_rate": found.ood_rate,
-        },
-        "rows": rows,
-    }
-    common.write_json(options.out.with_suffix(".json"), result)
-    options.out.with_suffix(".md").write_text(markdown(result))
-    print(markdown(result))
-    print(f"wrote {options.out}.json and .md")
-
-
-if __name__ == "__main__":
-    main()
+    return "\n".join([*lines, report.table(heads, rows)]) + "\n"

@@ -1,26 +1,22 @@
 """How well guardians tell inadmissible pairs of ICU-Sepsis, where the truth is known.
 
-    python benchmarks/guardians.py            some minutes on one core
-
 Each guardian is fitted to the steps of 5 000 logged episodes of clinicians and scores all 713 × 25
 pairs of state and action; the AUROC is the chance that an inadmissible pair scores higher than an
 admissible one. Columns of states and the two dose levels are scaled to [-1, 1].
-
-Writes results/guardians.json and .md.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
-import common
 import numpy as np
-import torch
 from scipy.stats import rankdata
 
+from benchmarks import report
+from benchmarks.runner import one_thread
+from benchmarks.study import Study, add
 from saferl.envs import icu_sepsis as icu
 from saferl.safety.guardians import make_guardian
 
@@ -75,6 +71,35 @@ def cell(heading: str, episodes: int, seed: int) -> dict[str, dict[str, float]]:
     return found
 
 
+class Guardians(Study):
+    name, packages = "guardians", ("icu-sepsis", "scipy")
+
+    def options(self, parser: ArgumentParser) -> None:
+        add(parser, "--seeds", 3)
+        add(parser, "--episodes", 5000)
+
+    def measure(self, options: Namespace) -> dict[str, Any]:
+        one_thread()
+        cells: dict[str, list[Any]] = {heading: [] for heading in STATES}
+        for heading in STATES:
+            for seed in range(options.seeds):
+                found = cell(heading, options.episodes, seed)
+                cells[heading].append(found)
+                best, of = max(found.items(), key=lambda item: item[1]["auroc"])
+                print(f"{heading}, seed {seed}: best {best} {of['auroc']:.3f}", flush=True)
+        return self.header(options) | {
+            "seeds": list(range(options.seeds)),
+            "episodes": options.episodes,
+            "cells": cells,
+        }
+
+    def report(self, content: dict[str, Any]) -> str:
+        return markdown(content)
+
+
+STUDY = Guardians()
+
+
 def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Guardians on ICU-Sepsis",
@@ -99,34 +124,4 @@ def markdown(result: dict[str, Any]) -> str:
                 text += f" (σ {np.mean([f['bandwidth'] for f in found]):.2f})"
             row.append(text)
         rows.append(row)
-    return "\n".join([*lines, common.table(["guardian", *STATES], rows)]) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--episodes", type=int, default=5000)
-    parser.add_argument("--out", type=Path, default=common.RESULTS / "guardians")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    cells: dict[str, list[Any]] = {}
-    for heading in STATES:
-        cells[heading] = []
-        for seed in range(options.seeds):
-            cells[heading].append(cell(heading, options.episodes, seed))
-            best = max(cells[heading][-1].items(), key=lambda item: item[1]["auroc"])
-            print(f"{heading}, seed {seed}: best {best[0]} {best[1]['auroc']:.3f}", flush=True)
-    result = {
-        **common.header("icu-sepsis", "scipy"),
-        "seeds": list(range(options.seeds)),
-        "episodes": options.episodes,
-        "cells": cells,
-    }
-    common.write_json(options.out.with_suffix(".json"), result)
-    options.out.with_suffix(".md").write_text(markdown(result))
-    print(markdown(result))
-    print(f"wrote {options.out}.json and .md")
-
-
-if __name__ == "__main__":
-    main()
+    return "\n".join([*lines, report.table(["guardian", *STATES], rows)]) + "\n"

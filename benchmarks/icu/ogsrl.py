@@ -1,7 +1,5 @@
 """OGSRL's variants on ICU-Sepsis, learned from logged episodes and evaluated exactly.
 
-    python benchmarks/ogsrl.py        about half an hour of one core
-
 20 000 episodes of clinicians; a cost of 1 per step with a SOFA score of 10 or more, and a budget of
 0.592 per patient, 0.8 of the clinicians'. Each method trains five members from a clone of the
 clinicians, with the dose columns among the observations and without. Settings were chosen on the
@@ -9,29 +7,31 @@ data of seed 0; what is reported comes from those of --data-seed, 1. The learned
 stochastic, and their survival, cost and share of inadmissible steps follow from the benchmark's
 tables without sampling; so does what their own model promises of them.
 
-Writes results/ogsrl.json, .md and .png. Interrupted, it goes on at the last checkpoint of the cell
-that it was in; cells that are done are kept (--fresh starts over).
+Interrupted, it goes on at the last checkpoint of the cell that it was in; cells that are done are
+kept (--fresh starts over).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
 import torch
 
+from benchmarks import report
+from benchmarks.report import Series
+from benchmarks.store import now, write_json
+from benchmarks.study import Study, add
 from saferl.agents.bc import DiscreteBC
 from saferl.agents.ogsrl import DiscreteOGSRL
-from saferl.data.buffer import ReplayBuffer
 from saferl.envs import icu_sepsis as icu
-from saferl.safety.planning import plan_constrained
-from saferl.safety.tabular import exact_evaluate
-from saferl.spec import Spec
+from saferl.models.mdp import exact_evaluate
+from saferl.models.planning import plan_constrained
+from saferl.replay import ReplayBuffer
 
 BUDGET = 0.592
 CLINICIAN = 0.782
@@ -66,6 +66,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "GMB-CPO": LIMIT,
     "GMB-PPO-Lag": {"optimiser": "ppo_lag"} | LIMIT,
 }
+DOSES = {"both": (True, False), "with": (True,), "without": (False,)}
 NAMES = ("survival", "cost", "ood_rate", "promised", "promised_cost")
 
 
@@ -99,7 +100,7 @@ def evaluate(agent: Any, doses: bool) -> list[dict[str, float]]:
 def train_bc(dataset: Any, members: int, updates: int) -> DiscreteBC:
     config = DiscreteBC.make_config({"hidden": SETTINGS["hidden"], "lr": 1e-3,
                                      "normalize_observations": False})  # fmt: skip
-    spec = Spec.from_dataset(dataset, config)
+    spec = dataset.spec(config)
     agent = DiscreteBC(spec, config, members)
     buffer = ReplayBuffer.from_dataset(dataset, spec, agent.seeds)
     for _ in range(updates):
@@ -107,7 +108,9 @@ def train_bc(dataset: Any, members: int, updates: int) -> DiscreteBC:
     return agent
 
 
-def train(name: str, dataset: Any, doses: bool, options: Any, checkpoint: Path) -> dict[str, Any]:
+def train(
+    name: str, dataset: Any, doses: bool, options: Namespace, checkpoint: Path
+) -> dict[str, Any]:
     """One cell: the curve of exact values, the last ones, and the last metrics."""
     began = time.perf_counter()
     updates = min(CLONE, options.clone)
@@ -117,7 +120,7 @@ def train(name: str, dataset: Any, doses: bool, options: Any, checkpoint: Path) 
                 "seconds": time.perf_counter() - began}  # fmt: skip
     settings = SETTINGS | METHODS[name] | {"clone_updates": updates, "episodes": options.played}
     config = DiscreteOGSRL.make_config(settings)
-    agent = DiscreteOGSRL(Spec.from_dataset(dataset, config), config, options.members)
+    agent = DiscreteOGSRL(dataset.spec(config), config, options.members)
     curve: list[dict[str, Any]] = []
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -155,6 +158,59 @@ def summarise(cell: dict[str, Any]) -> dict[str, Any]:
         "within": sum(r["cost"] <= BUDGET for r in rows),
         "above_clinician": sum(r["survival"] > CLINICIAN for r in rows),
     }
+
+
+class Ogsrl(Study):
+    name, packages = "ogsrl", ("icu-sepsis", "scipy")
+
+    def options(self, parser: ArgumentParser) -> None:
+        add(parser, "--iterations", 200)
+        add(parser, "--members", 5)
+        add(parser, "--episodes", 20_000, "logged")
+        add(parser, "--data-seed", 1)
+        add(parser, "--played", SETTINGS["episodes"], "per iteration")
+        add(parser, "--clone", CLONE, "updates of cloning")
+        add(parser, "--methods", tuple(METHODS), choices=list(METHODS))
+        add(parser, "--doses", "both", choices=DOSES)
+        add(parser, "--threads", 1)
+
+    def measure(self, options: Namespace) -> dict[str, Any]:
+        torch.set_num_threads(options.threads)
+        file = self.file(options)
+        names = ("iterations", "members", "episodes", "data_seed", "played", "clone")
+        plan = {name: getattr(options, name) for name in names}
+        cells: dict[str, Any] = {}
+        if file.exists() and not options.fresh:
+            earlier = json.loads(file.read_text())
+            if any(earlier[name] != value for name, value in plan.items()):
+                raise SystemExit(f"{file} has other options: pass --fresh or another --out")
+            cells = earlier["cells"]
+        result = plan | self.header(options)
+        result |= {"settings": SETTINGS, "budget": BUDGET, "cells": cells, **references()}
+        for doses in DOSES[options.doses]:
+            made = "clinician", options.episodes, options.data_seed
+            dataset = icu.make_dataset(*made, doses=doses)
+            for name in options.methods:
+                if key(name, doses) in cells:
+                    continue
+                print(key(name, doses), flush=True)
+                mine = file.with_name(f"{file.stem}.{name}-{int(doses)}.part.pt")
+                if options.fresh:
+                    mine.unlink(missing_ok=True)
+                mine.parent.mkdir(parents=True, exist_ok=True)
+                cells[key(name, doses)] = train(name, dataset, doses, options, mine)
+                write_json(file, result | {"date": now()})
+                mine.unlink(missing_ok=True)
+        return result | {"date": now()}
+
+    def report(self, content: dict[str, Any]) -> str:
+        return markdown(content)
+
+    def draw(self, content: dict[str, Any], path: Path) -> None:
+        draw(content, path)
+
+
+STUDY = Ogsrl()
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -202,38 +258,33 @@ def markdown(result: dict[str, Any]) -> str:
             ])  # fmt: skip
         if rows:
             lines += ["", f"## {'With' if doses else 'Without'} the dose columns", ""]
-            lines.append(common.table(heads, rows))
+            lines.append(report.table(heads, rows))
     return "\n".join(lines) + "\n"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """True survival against true cost of every member."""
-    import matplotlib
+    clinician, panels = result["clinician"], {}
+    budgets, survival = zip(*result["frontier"])
+    shades = dict(zip(METHODS, ("#777777", "#cc3311", "#ee7733", "#4477aa", "#228833")))
+    for doses in (True, False):
+        series = [
+            Series(name, *([r[x] for r in cell["members"]] for x in ("cost", "survival")),
+                   shades[name], "o")
+            for name in METHODS
+            if (cell := result["cells"].get(key(name, doses)))
+        ]  # fmt: skip
+        series.append(Series("best possible", budgets, survival, "black", "-"))
+        series.append(Series("clinicians", [clinician["cost"]], [clinician["survival"]], "black",
+                             "*"))  # fmt: skip
+        panels[f"{'with' if doses else 'without'} the dose columns"] = series
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def budget(_: str, axes: Any) -> None:
+        axes.axvline(BUDGET, color="black", linestyle=":", linewidth=1, label="budget")
+        axes.grid(alpha=0.3)
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
-    colours = dict(zip(METHODS, ("#777777", "#cc3311", "#ee7733", "#4477aa", "#228833")))
-    for axis, doses in zip(axes, (True, False)):
-        for name, colour in colours.items():
-            cell = result["cells"].get(key(name, doses))
-            if cell is not None:
-                points = [[r[x] for r in cell["members"]] for x in ("cost", "survival")]
-                axis.plot(*points, "o", color=colour, label=name)
-        budgets, survival = zip(*result["frontier"])
-        axis.plot(budgets, survival, color="black", linewidth=1, label="best possible")
-        clinician = result["clinician"]
-        axis.plot(clinician["cost"], clinician["survival"], "k*", markersize=11, label="clinicians")
-        axis.axvline(BUDGET, color="black", linestyle=":", linewidth=1, label="budget")
-        axis.set_title(f"{'with' if doses else 'without'} the dose columns")
-        axis.set_xlabel("steps with SOFA ≥ 10 per patient")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("survival")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    report.plot(panels, path, x="steps with SOFA ≥ 10 per patient", y="survival", each=budget,
+                size=(4.8, 4), share={"sharey": True})  # fmt: skip
 
 
 def references() -> dict[str, Any]:
@@ -250,60 +301,3 @@ def references() -> dict[str, Any]:
 
 def key(name: str, doses: bool) -> str:
     return f"{name}, {'with' if doses else 'without'} doses"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--members", type=int, default=5)
-    parser.add_argument("--episodes", type=int, default=20_000, help="logged")
-    parser.add_argument("--data-seed", type=int, default=1)
-    parser.add_argument("--played", type=int, default=SETTINGS["episodes"], help="per iteration")
-    parser.add_argument("--clone", type=int, default=CLONE, help="updates of cloning")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--doses", choices=("both", "with", "without"), default="both")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fresh", action="store_true", help="start over")
-    parser.add_argument("--out", type=Path, default=common.RESULTS / "ogsrl")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    file = options.out.with_suffix(".json")
-    names = ("iterations", "members", "episodes", "data_seed", "played", "clone")
-    plan = {name: getattr(options, name) for name in names}
-    cells: dict[str, Any] = {}
-    if file.exists() and not options.fresh:
-        earlier = json.loads(file.read_text())
-        if any(earlier[name] != value for name, value in plan.items()):
-            raise SystemExit(f"{file} was made with other options: pass --fresh or another --out")
-        cells = earlier["cells"]
-    result = plan | {
-        **common.header("icu-sepsis", "scipy"),
-        "settings": SETTINGS,
-        "budget": BUDGET,
-        "cells": cells,
-        **references(),
-    }
-    kinds = {"both": (True, False), "with": (True,), "without": (False,)}[options.doses]
-    for doses in kinds:
-        dataset = icu.make_dataset("clinician", options.episodes, options.data_seed, doses=doses)
-        for name in options.methods:
-            if key(name, doses) in cells:
-                continue
-            print(key(name, doses), flush=True)
-            mine = options.out.with_name(f"{options.out.name}.{name}-{int(doses)}.part.pt")
-            if options.fresh:
-                mine.unlink(missing_ok=True)
-            mine.parent.mkdir(parents=True, exist_ok=True)
-            cells[key(name, doses)] = train(name, dataset, doses, options, mine)
-            common.write_json(file, result | {"date": common.now()})
-            mine.unlink(missing_ok=True)
-    result["date"] = common.now()
-    common.write_json(file, result)
-    options.out.with_suffix(".md").write_text(markdown(result))
-    draw(result, options.out.with_suffix(".png"))
-    print(markdown(result))
-    print(f"wrote {options.out}.json, .md and .png")
-
-
-if __name__ == "__main__":
-    main()

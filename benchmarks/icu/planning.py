@@ -1,38 +1,38 @@
 """Planning in a learned model of ICU-Sepsis, with and without a guard, evaluated exactly.
 
-    python benchmarks/icu_sepsis.py            some minutes on one core
-
 Clinicians' episodes are logged from the benchmark's tables; a model is learned from them (counts,
 pairs never logged filled by the nearest logged one); the best policy of the model is planned with
 γ = 0.999 among the pairs that a guard allows; and its survival, steps outside the true support and
 cost are computed from the true tables, without sampling. What the model promises stands beside.
-
-Writes results/icu_sepsis.json, .md and .png.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
-import torch
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 
+from benchmarks import report
+from benchmarks.report import Series
+from benchmarks.runner import one_thread
+from benchmarks.store import write_json
+from benchmarks.study import Study, add
 from saferl.envs import icu_sepsis as icu
 from saferl.errors import SaferlError
+from saferl.models import make_model
+from saferl.models.mdp import exact_evaluate
+from saferl.models.planning import plan, plan_constrained
 from saferl.rng import MemberRandom
 from saferl.safety.guardians import FeatureMap, make_guardian
-from saferl.safety.models import make_model
-from saferl.safety.planning import plan, plan_constrained
-from saferl.safety.tabular import exact_evaluate
 from saferl.spec import Spec
 
 DISCOUNT = 0.999
+KEYS = ("strategy", "episodes", "doses", "seed")
 BUDGET = {"sofa10": 0.592}  # 0.8 of the clinicians' cost
 LIVE = icu.DEATH  # states that are not terminal
 COUNTS = (1, 5, 10, 20)
@@ -185,6 +185,59 @@ def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+class Planning(Study):
+    name, stem, packages = "icu", "icu_sepsis", ("icu-sepsis", "scipy")
+
+    def options(self, parser: ArgumentParser) -> None:
+        add(parser, "--seeds", 5)
+        add(parser, "--episodes", (1000, 5000, 20_000))
+
+    def measure(self, options: Namespace) -> dict[str, Any]:
+        one_thread()
+        part = self.file(options).with_suffix(".part.json")  # so that an interrupted run goes on
+        cells = json.loads(part.read_text()) if part.exists() and not options.fresh else []
+        plans = [
+            (strategy, episodes, doses, seed)
+            for strategy in DATA
+            for doses in (True, False)
+            for episodes in (options.episodes if doses else [max(options.episodes)])
+            for seed in range(options.seeds)
+        ]
+        done = {tuple(one[name] for name in KEYS) for one in cells}
+        for key in (key for key in plans if key not in done):
+            strategy, episodes, doses, seed = key
+            rows = cell(episodes, seed, strategy, doses)
+            cells.append(dict(zip(KEYS, key)) | {"rows": rows})
+            write_json(part, cells)
+            none, best = rows["none"], max(rows, key=lambda name: rows[name]["survival"])
+            print(
+                f"{key}: unguarded {none['survival']:.3f} (promised {none['predicted']:.3f}), "
+                f"best {best} {rows[best]['survival']:.3f}",
+                flush=True,
+            )
+        cells = [one for one in cells if tuple(one[name] for name in KEYS) in plans]
+        found = self.header(options) | {
+            "seeds": list(range(options.seeds)),
+            "episodes": options.episodes,
+            "budget": BUDGET,
+            "references": references(),
+            "summary": summarise(cells),
+            "cells": cells,
+        }
+        write_json(self.file(options), found)
+        part.unlink(missing_ok=True)
+        return found
+
+    def report(self, content: dict[str, Any]) -> str:
+        return markdown(content)
+
+    def draw(self, content: dict[str, Any], path: Path) -> None:
+        draw(content, path)
+
+
+STUDY = Planning()
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The tables that results/icu_sepsis.md shows."""
     lines = [
@@ -207,7 +260,7 @@ def markdown(result: dict[str, Any]) -> str:
     for strategy, rows in result["references"].items():
         lines += ["", f"## `{strategy}`: references", ""]
         lines.append(
-            common.table(
+            report.table(
                 ["policy", "survival", "inadmissible", "cost"],
                 [[k, *(f"{r[x]:.3f}" for x in ("survival", "ood_rate", "cost"))]
                  for k, r in rows.items()],
@@ -227,7 +280,7 @@ def markdown(result: dict[str, Any]) -> str:
                 names = ("survival", "survival_sd", "predicted", "ood_rate", "cost",
                          "predicted_cost")  # fmt: skip
                 lines.append(
-                    common.table(
+                    report.table(
                         heads,
                         [[r["guard"] + ("" if r["seeds"] == len(result["seeds"])
                                         else f" ({r['seeds']} seeds)"),
@@ -239,91 +292,28 @@ def markdown(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """True and promised survival of each guard at the largest number of episodes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-    for axis, strategy in zip(axes, DATA):
+    panels, guards, most = {}, {}, max(result["episodes"])
+    for strategy in DATA:
         rows = [r for r in result["summary"]
-                if (r["strategy"], r["doses"], r["episodes"])
-                == (strategy, True, max(result["episodes"]))
+                if (r["strategy"], r["doses"], r["episodes"]) == (strategy, True, most)
                 and "budget" not in r["guard"]]  # fmt: skip
-        place = np.arange(len(rows))
-        axis.errorbar(
-            place,
-            [r["survival"] for r in rows],
-            [r["survival_sd"] for r in rows],
-            fmt="o",
-            color="#4477aa",
-            capsize=3,
-            label="true (± SD over seeds)",
-        )
-        axis.plot(place, [r["predicted"] for r in rows], "D", color="#cc3311", markersize=5,
-                  label="promised by the model")  # fmt: skip
-        for name, style in (("clinician-admissible", ":"), ("optimum", "--")):
-            axis.axhline(result["references"][strategy][name]["survival"], color="black",
-                         linestyle=style, linewidth=1, label=name)  # fmt: skip
-        axis.set_xticks(place, [r["guard"] for r in rows], rotation=60, ha="right")
-        axis.set_title(f"{strategy}, {max(result['episodes'])} episodes")
-        axis.grid(axis="y", alpha=0.3)
-        axis.set_ylabel("survival")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+        place, true = np.arange(len(rows)), np.array([r["survival"] for r in rows])
+        spread = np.array([r["survival_sd"] for r in rows])
+        name = f"{strategy}, {most} episodes"
+        guards[name] = [r["guard"] for r in rows]
+        panels[name] = [
+            Series("true (± SD over seeds)", place, true, "#4477aa", "o",
+                   y_ends=(true - spread, true + spread)),
+            Series("promised by the model", place, [r["predicted"] for r in rows], "#cc3311", "D"),
+            *(
+                Series(name, [0, len(rows) - 1],
+                       [result["references"][strategy][name]["survival"]] * 2, "black", style)
+                for name, style in (("clinician-admissible", ":"), ("optimum", "--"))
+            ),
+        ]  # fmt: skip
 
+    def names(name: str, axes: Any) -> None:
+        axes.set_xticks(range(len(guards[name])), guards[name], rotation=60, ha="right")
+        axes.grid(axis="y", alpha=0.3)
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--episodes", type=int, nargs="+", default=[1000, 5000, 20_000])
-    parser.add_argument("--out", type=Path, default=common.RESULTS / "icu_sepsis")
-    parser.add_argument("--fresh", action="store_true", help="forget an interrupted run")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    part = options.out.with_suffix(".part.json")  # so that an interrupted run goes on
-    cells = json.loads(part.read_text()) if part.exists() and not options.fresh else []
-    done = {(c["strategy"], c["episodes"], c["doses"], c["seed"]) for c in cells}
-    plans = [
-        (strategy, episodes, doses, seed)
-        for strategy in DATA
-        for doses in (True, False)
-        for episodes in (options.episodes if doses else [max(options.episodes)])
-        for seed in range(options.seeds)
-    ]
-    for key in plans:
-        if key in done:
-            continue
-        strategy, episodes, doses, seed = key
-        rows = cell(episodes, seed, strategy, doses)
-        cells.append(dict(zip(("strategy", "episodes", "doses", "seed"), key)) | {"rows": rows})
-        common.write_json(part, cells)
-        none, best = rows["none"], max(rows, key=lambda name: rows[name]["survival"])
-        print(
-            f"{key}: unguarded {none['survival']:.3f} (promised {none['predicted']:.3f}), "
-            f"best {best} {rows[best]['survival']:.3f}",
-            flush=True,
-        )
-    cells = [c for c in cells
-             if (c["strategy"], c["episodes"], c["doses"], c["seed"]) in plans]  # fmt: skip
-    result = {
-        **common.header("icu-sepsis", "scipy"),
-        "seeds": list(range(options.seeds)),
-        "episodes": options.episodes,
-        "budget": BUDGET,
-        "references": references(),
-        "summary": summarise(cells),
-        "cells": cells,
-    }
-    common.write_json(options.out.with_suffix(".json"), result)
-    options.out.with_suffix(".md").write_text(markdown(result))
-    draw(result, options.out.with_suffix(".png"))
-    part.unlink(missing_ok=True)
-    print(markdown(result))
-    print(f"wrote {options.out}.json, .md and .png")
-
-
-if __name__ == "__main__":
-    main()
+    report.plot(panels, path, y="survival", size=(5, 4.4), each=names)

@@ -1,4 +1,4 @@
-"""Our side of `throughput.py`: agents under every engine, the plain references, one long run.
+"""Our side of the study `speed`: agents under every engine, the plain references, one long run.
 
 Runs as a worker with one CPU thread. Subjects are kept under a key until `drop`, so that blocks of
 different ones can take turns. What the machine cannot do comes back as ``{"missing": reason}``.
@@ -18,9 +18,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import bounds
-import common
-import floors
+from benchmarks import workers
+from benchmarks.speed import bounds, floors
 
 KINDS = ("eager", "compile", "cuda_graph")
 PRECISIONS = ("fp32", "bf16")
@@ -62,7 +61,7 @@ class Task:
     """
 
     agent: str
-    data: dict[str, int]  # arguments of `common.synthetic`
+    data: dict[str, int]  # arguments of `workers.synthetic`
     kind: str = "auto"
     precision: str = "fp32"
     members: int = 1
@@ -93,7 +92,7 @@ class Task:
 
 @functools.cache
 def synthetic(discrete: bool, costs: bool, pixels: bool, shape: tuple[tuple[str, int], ...]) -> Any:
-    """`common.synthetic` as a `Dataset`, with what a method asks for.
+    """`workers.synthetic` as a `Dataset`, with what a method asks for.
 
     That is as many discrete actions as components, costs, or one episode of pixels.
     """
@@ -106,7 +105,7 @@ def synthetic(discrete: bool, costs: bool, pixels: bool, shape: tuple[tuple[str,
     if pixels:
         sizes["rows"] = min(sizes["rows"], PIXEL_ROWS)
     rows, a = sizes["rows"], sizes["action_dim"]
-    arrays = common.synthetic(**sizes)
+    arrays = workers.synthetic(**sizes)
     arrays["rewards"] = arrays["rewards"][:, 0]
     if pixels:
         frames = random.integers(256, size=(rows + 1, *FRAME), dtype=np.uint8)
@@ -136,21 +135,18 @@ class Subject:
         """Raises `SaferlError` where the device lacks the engine or the precision."""
         import torch
 
-        from saferl.agents.base import Agent
-        from saferl.data.buffer import ReplayBuffer
-        from saferl.spec import Spec
+        from saferl.agents.shared.agent import Agent
+        from saferl.replay import make_buffer
         from saferl.training.engine import check_precision, pick_engine
-        from saferl.training.hybrid import returns_to_go
 
         pick_engine(task.kind, torch.device(device))  # before anything is built
         check_precision(task.precision, torch.device(device))
         rows, config, seeds = task.dataset(), task.config(), list(range(task.members))
-        spec = Spec.from_dataset(rows, config)
+        spec = rows.spec(config)
         agent = task.cls(spec, config, seeds, device, task.precision)
         if task.cls.fit is not Agent.fit:
             agent.fit(rows.subset(min(FIT_ROWS, len(rows))), lambda line: None)
-        returns = returns_to_go(agent, rows)
-        buffer = ReplayBuffer.from_dataset(rows, spec, seeds, device, returns=returns)
+        buffer = make_buffer(rows, spec, seeds, device, task.cls.batch_extras(config))
         return cls(agent, buffer, task.kind)
 
     def run(self, updates: int, now: Callable[[], float] = time.perf_counter) -> float:
@@ -187,11 +183,11 @@ class Subject:
             def build(self, init: Any) -> None:
                 self.actor = nn.Linear(1, 1)
 
-            def pattern(self, update: int) -> None:
+            def update_key(self, update: int) -> None:
                 return None
 
             def learn(self, batch: Any) -> dict[str, Any]:
-                fields = [x.flatten(1).to(torch.float32) for x in batch if x is not None]
+                fields = [x.flatten(1).to(torch.float32) for x in batch.tensors()]
                 return {"mean": sum(field.mean(1) for field in fields)}
 
         agent = self.agent
@@ -207,10 +203,9 @@ class PlainSubject:
     def __init__(self, task: Task, device: str):
         import torch
 
-        sys.path.insert(0, str(common.ROOT))
         from tests.agents import plain
 
-        self.device, config, arrays = device, task.config(), common.synthetic(**task.data)
+        self.device, config, arrays = device, task.config(), workers.synthetic(**task.data)
         sizes = task.data["observation_dim"], task.data["action_dim"]
         self.plain, self.rows = plain.KINDS[task.agent](*sizes, config, device), config.batch_size
         names = ("observations", "actions", "rewards", "next_observations")
@@ -286,21 +281,21 @@ class Ours:
         start = time.perf_counter()
         self.subjects[key].run(updates)
         first = time.perf_counter() - start
-        again = self.subjects[key].run(updates, common.CLOCKS[clock])
+        again = self.subjects[key].run(updates, workers.CLOCKS[clock])
         return {"warm_up_s": first, "seconds": again / updates}
 
     def run(self, key: str, updates: int, clock: str) -> float:
-        return self.subjects[key].run(updates, common.CLOCKS[clock])
+        return self.subjects[key].run(updates, workers.CLOCKS[clock])
 
     def split(self, key: str, updates: int, clock: str) -> tuple[float, float]:
-        return self.subjects[key].split(updates, common.CLOCKS[clock])
+        return self.subjects[key].split(updates, workers.CLOCKS[clock])
 
     @or_missing
     def rate(self, precision: str, clock: str) -> dict[str, float]:
         """Multiply-adds per second of a large square product."""
         if precision not in self.products:
             self.products[precision] = floors.Product(precision, self.device)
-        return {"rate": self.products[precision].rate(common.CLOCKS[clock])}
+        return {"rate": self.products[precision].rate(workers.CLOCKS[clock])}
 
     def drop(self) -> None:
         import torch
@@ -313,14 +308,13 @@ class Ours:
     @or_missing
     def estimate(self, **fields: Any) -> dict[str, int]:
         """Bytes that `saferl train` announces for the run."""
-        from saferl.spec import Spec
         from saferl.training.memory import estimate
 
         task = Task(**fields)
         rows, config = task.dataset(), task.config()
         found = estimate(
             task.cls,
-            Spec.from_dataset(rows, config),
+            rows.spec(config),
             config,
             task.members,
             len(rows),
@@ -367,12 +361,13 @@ class Ours:
 
 def train(subject: Subject, seconds: float, log_interval: int) -> dict[str, Any]:
     """Time of updates and of logging, after a warm-up."""
-    from saferl.training.run import MetricsLog, RunFolder
+    from saferl.runs.folder import RunFolder
+    from saferl.runs.metrics import MetricsLog
 
     for _ in range(2):  # compiled and recorded
         subject.run(max(2, log_interval // 10))
     with tempfile.TemporaryDirectory() as folder:
-        log = MetricsLog(RunFolder(folder), tuple(map(str, range(subject.agent.members))))
+        log = MetricsLog(RunFolder(folder), subject.agent.members)
         updates, logging, start = 0, 0.0, time.perf_counter()
         while not updates or time.perf_counter() - start < seconds:
             subject.engine.run(log_interval)
@@ -399,7 +394,7 @@ def facts(device: str) -> dict[str, Any]:
     from saferl.registry import names
 
     return {
-        "versions": common.versions(["saferl", "torch", "numpy"]),
+        "versions": workers.versions(["saferl", "torch", "numpy"]),
         "float32_products": torch.get_float32_matmul_precision(),  # "highest": no TF32
         "agents": names("agents"),
         "amx": bool(torch.cpu._is_amx_tile_supported()),
@@ -416,7 +411,7 @@ def serve(device: str) -> None:
     names = ("make", "plain", "warm", "run", "split", "rate", "drop", "estimate", "long",
              "memory")  # fmt: skip
     handlers = {name: getattr(ours, name) for name in names}
-    common.serve(handlers | {"facts": lambda: facts(device)})
+    workers.serve(handlers | {"facts": lambda: facts(device)})
 
 
 if __name__ == "__main__":

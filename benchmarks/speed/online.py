@@ -1,4 +1,4 @@
-"""What acting costs the loop, and the meta step MOORL: `python benchmarks/hybrid.py speed`.
+"""What acting costs the loop, and the meta step MOORL.
 
 Processor time of one thread (`time.process_time`) in blocks that take turns. A ratio is the median
 of those of the rounds, with their quartiles.
@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable
 from typing import Any
 
-import common
 import numpy as np
-import torch
 
-from saferl.agents.moorl import MOORL
-from saferl.agents.sac import SAC
-from saferl.data import Dataset
-from saferl.data.buffer import ReplayBuffer
-from saferl.evaluation.rollout import Slots
-from saferl.spec import Spec
-from saferl.training.engine import Engine
-from saferl.training.hybrid import HybridEngine
+from benchmarks.runner import one_thread
 
 ENV = "Pendulum-v1"
-SPEC = Spec(3, 1, action_low=(-2.0,), action_high=(2.0,), horizon=200)
+TASKS = ((256, 1), (256, 3), (64, 1))  # units per layer, members
+HEADS = ["units", "members", "update, ms", "with its environment step, ms", "rate of the former",
+         "MOORL iteration (K 5), ms", "meta step, µs", "of the iteration"]  # fmt: skip
 
 
-def noise() -> Dataset:
+def spec() -> Any:
+    """Of Pendulum."""
+    from saferl.spec import Spec
+
+    return Spec(3, 1, action_low=(-2.0,), action_high=(2.0,), horizon=200)
+
+
+def noise() -> Any:
     """Rows in the shape of Pendulum's."""
+    from saferl.data import Dataset
+
     rng = np.random.default_rng(0)
     rows, ends = 20_000, np.arange(20_000) % 200 == 199
     return Dataset.from_arrays(
@@ -37,18 +40,27 @@ def noise() -> Dataset:
     )  # fmt: skip
 
 
-def speed(rounds: int, hidden: list[int], members: int) -> dict[str, Any]:
+def measure(units: int, members: int, rounds: int) -> dict[str, Any]:
     """Processor time of an update in each loop, and of MOORL's iteration with its meta step."""
-    torch.set_num_threads(1)
-    data, seeds = noise(), range(members)
+    import torch
+
+    from saferl.agents.moorl import MOORL
+    from saferl.agents.sac import SAC
+    from saferl.replay import ReplayBuffer
+    from saferl.rollout import VectorEnv
+    from saferl.training.engine import Engine
+    from saferl.training.online import OnlineEngine
+
+    one_thread()
+    data, seeds, hidden = noise(), range(members), [units, units]
     config = SAC.make_config({"hidden": hidden, "random_steps": 0, "start_steps": 0})
-    buffer = ReplayBuffer.from_dataset(data, SPEC, seeds)
-    pure = Engine(SAC(SPEC, config, members), buffer)
-    both = HybridEngine(
-        SAC(SPEC, config, members), Slots(ENV, members, None), 10**5,
-        ReplayBuffer.from_dataset(data, SPEC, seeds),
+    buffer = ReplayBuffer.from_dataset(data, spec(), seeds)
+    pure = Engine(SAC(spec(), config, members), buffer)
+    both = OnlineEngine(
+        SAC(spec(), config, members), VectorEnv(ENV, members, None), 10**5,
+        ReplayBuffer.from_dataset(data, spec(), seeds),
     )  # fmt: skip
-    moorl = MOORL(SPEC, MOORL.make_config({"hidden": hidden}), members)
+    moorl = MOORL(spec(), MOORL.make_config({"hidden": hidden}), members)
     batch = buffer.sample(moorl.batch_rows)
     both.run(300)
 
@@ -77,7 +89,8 @@ def speed(rounds: int, hidden: list[int], members: int) -> dict[str, Any]:
         found = [a / b for a, b in zip(times[over], times[under], strict=True)]
         return [float(q) for q in np.quantile(found, (0.25, 0.5, 0.75))]
 
-    return common.header() | {
+    return {
+        "agent": "moorl",
         "hidden": hidden,
         "members": members,
         "rounds": rounds,
@@ -87,14 +100,12 @@ def speed(rounds: int, hidden: list[int], members: int) -> dict[str, Any]:
     }
 
 
-def told(found: dict[str, Any]) -> str:
-    """A line of Markdown."""
-    ms = found["milliseconds"]
-    low, rate, high = (100 * q for q in found["update_rate_of_offline"])
-    return (
-        f"- {found['members']} member(s), layers {found['hidden']}: an update takes "
-        f"{ms['offline']:.2f} ms in the offline loop and {ms['hybrid']:.2f} ms with its "
-        f"environment step, {rate:.1f} % of the rate (quartiles {low:.1f}, {high:.1f}); a MOORL "
-        f"iteration of K = 5 takes {ms['moorl']:.2f} ms, snapshot and meta step "
-        f"{1e3 * ms['meta']:.0f} µs of it, {100 * found['meta_step_of_iteration'][1]:.2f} %"
-    )
+def rows(found: list[dict[str, Any]]) -> Iterable[list[str]]:
+    """Of the table."""
+    for cell in found:
+        ms, (low, rate, high) = cell["milliseconds"], cell["update_rate_of_offline"]
+        yield [
+            "-".join(map(str, cell["hidden"])), str(cell["members"]), f"{ms['offline']:.2f}",
+            f"{ms['hybrid']:.2f}", f"{rate:.1%} ({low:.1%} to {high:.1%})", f"{ms['moorl']:.2f}",
+            f"{1e3 * ms['meta']:.0f}", f"{cell['meta_step_of_iteration'][1]:.2%}",
+        ]  # fmt: skip

@@ -1,6 +1,6 @@
 """The peer's side of the benchmarks: d3rlpy 2.8.1, run by `Worker` in an environment of its own.
 
-`throughput.py` asks for `prepare` and `block`, `scores.py` for `train`. saferl is not imported.
+The study `speed` asks for `prepare` and `block`, `scores` for `train`. saferl is not imported.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import time
 import warnings
 from typing import Any
 
-import common
 import numpy as np
 import structlog
 import torch
+
+from benchmarks import workers
 
 warnings.filterwarnings("ignore")  # the peer's own deprecations are not ours to report
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
@@ -111,7 +112,7 @@ class Speed:
         device: str = "cpu:0",
         compiled: bool = False,
     ) -> None:
-        arrays = common.synthetic(**data)
+        arrays = workers.synthetic(**data)
         buffer = MDPDataset(
             arrays["observations"],
             arrays["actions"],
@@ -128,7 +129,7 @@ class Speed:
 
     def block(self, updates: int, clock: str, key: str = "") -> tuple[float, float]:
         """Seconds spent on sampling and on updating in ``updates`` updates."""
-        now = common.CLOCKS[clock]
+        now = workers.CLOCKS[clock]
         learner, buffer, rows = self.subjects[key]
         sampling = updating = 0.0
         for _ in range(updates):
@@ -194,13 +195,13 @@ def train(
 
 if __name__ == "__main__":
     speed = Speed()
-    common.serve(
+    workers.serve(
         {
             "prepare": speed.prepare,
             "block": speed.block,
             "drop": speed.drop,
             "train": train,
             "precision": torch.get_float32_matmul_precision,
-            "versions": lambda: common.versions(["d3rlpy", "torch", "numpy", "gymnasium"]),
+            "versions": lambda: workers.versions(["d3rlpy", "torch", "numpy", "gymnasium"]),
         }
     )

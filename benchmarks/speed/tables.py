@@ -1,4 +1,4 @@
-"""Table, verdicts and plot of `throughput.py`, from its JSON document."""
+"""Tables, verdicts and plot of the study `speed`, from its results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import common
+from benchmarks import report as common
+from benchmarks.report import pyplot
+from benchmarks.speed import acting, online
 
 # Times are of the update alone on a CPU, of sampling and update on a GPU.
 PEER_TARGETS = {"td3_bc": 1.5, "iql": 1.5, "cql": 1.2}  # d3rlpy's sample + update / ours, at least
@@ -34,11 +36,15 @@ HEADS = {
     "long": ["agent", "side", "members", "engine", "min per million", "/ floor", "logging",
              "sampling", "memory", "estimate", "resident", "launches", "products", "other",
              "waiting", "bound by"],
+    "acting": acting.HEADS,
+    "online": online.HEADS,
 }  # fmt: skip
 TITLES = {
     "beside": "Ours beside d3rlpy and plain implementations",
     "matrix": "Engines, precisions and members",
     "long": "Long runs, extrapolated to a million updates",
+    "acting": "Compiled updates while acting",
+    "online": "What acting costs the loop, and the meta step MOORL",
 }
 
 
@@ -64,14 +70,23 @@ def beside_rows(rows: list[dict[str, Any]]) -> Iterable[list[str]]:
             ]  # fmt: skip
 
 
+def counts(cell: dict[str, Any]) -> bool:
+    """Whether a combination was measured, and the measurement stands."""
+    return "ms" in cell and "withdrawn" not in cell
+
+
 def matrix_rows(rows: list[dict[str, Any]]) -> Iterable[list[str]]:
     for row in rows:
         cells = {(c["precision"], c["members"], c["kind"]): c for c in row.get("rows", [])}
         for precision, members in dict.fromkeys(key[:2] for key in cells):
             own = [cells.get((precision, members, kind), {}) for kind in LINES]
-            measured = [cell for cell in own if "ms" in cell]
+            measured = [cell for cell in own if counts(cell)]
             if measured:
-                pairs = [number(c.get(key)) for c in own for key in ("ms", "over_floor")]
+                pairs = [
+                    "withdrawn" if "withdrawn" in c else number(c.get(key))
+                    for c in own
+                    for key in ("ms", "over_floor")
+                ]
                 best = min(cell["ms_per_member"] for cell in measured)
                 floor = statistics.median(cell["floor_ms"] for cell in measured)
                 yield [row["agent"], precision, str(members), number(floor), *pairs,
@@ -98,7 +113,8 @@ def long_rows(rows: list[dict[str, Any]]) -> Iterable[list[str]]:
             ]  # fmt: skip
 
 
-ROWS = {"beside": beside_rows, "matrix": matrix_rows, "long": long_rows}
+ROWS = {"beside": beside_rows, "matrix": matrix_rows, "long": long_rows, "acting": acting.rows,
+        "online": online.rows}  # fmt: skip
 
 
 def absent(part: str, rows: list[dict[str, Any]]) -> list[str]:
@@ -119,6 +135,8 @@ def absent(part: str, rows: list[dict[str, Any]]) -> list[str]:
             names = ("side", "kind", "precision", "members")
             what = " ".join(str(cell[name]) for name in names if name in cell)
             what = what if part == "matrix" else f"{row['agent']} {what}"
+            if "withdrawn" in cell:
+                add(cell["withdrawn"], f"{row['agent']} {what}")
             if "missing" in cell:
                 add(cell["missing"], what)
             for key in ("sampling_share", "profile", "estimate"):
@@ -135,7 +153,8 @@ def report(document: dict[str, Any]) -> str:
     if document["quick"]:
         parts.append("**`--quick`: tiny networks, to see that everything runs. No number counts.**")
     for name, part in document["parts"].items():
-        text = [f"## {TITLES[name]}", common.table(HEADS[name], list(ROWS[name](part["rows"])))]
+        done = [row for row in part["rows"] if "failed" not in row]
+        text = [f"## {TITLES[name]}", common.table(HEADS[name], list(ROWS[name](done)))]
         if missing := absent(name, part["rows"]):
             text.append(
                 "Not on this machine, or left out:\n\n" + "\n".join(f"- {line}" for line in missing)
@@ -228,15 +247,11 @@ LINES = {"eager": "-", "compile": "--", "cuda_graph": ":"}
 
 def plot(document: dict[str, Any], path: Path) -> None:
     """Bars of the sides, and for each agent time per member-update against members."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     parts = document["parts"]
     beside = [r for r in parts.get("beside", {}).get("rows", []) if r.get("sides")]
     matrix = [r for r in parts.get("matrix", {}).get("rows", [])
-              if any("ms" in cell for cell in r.get("rows", []))]  # fmt: skip
+              if any(counts(cell) for cell in r.get("rows", []))]  # fmt: skip
     columns = 4
     lines = math.ceil(len(matrix) / columns)
     if not beside and not matrix:
@@ -286,7 +301,7 @@ def bars(axes: Any, rows: list[dict[str, Any]]) -> None:
 def curves(axes: Any, row: dict[str, Any]) -> None:
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-    cells = [cell for cell in row["rows"] if "ms" in cell]
+    cells = [cell for cell in row["rows"] if counts(cell)]
     for kind, precision in dict.fromkeys((c["kind"], c["precision"]) for c in cells):
         own = [c for c in cells if (c["kind"], c["precision"]) == (kind, precision)]
         colour = COLOURS["saferl" if precision == "fp32" else "saferl bf16"]

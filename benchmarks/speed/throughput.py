@@ -1,8 +1,8 @@
 """Speed of one update: engines, precisions and members, peers, and the arithmetic's floor.
 
-    python benchmarks/throughput.py                   # CPU, one thread, about 15 minutes
-    python benchmarks/throughput.py --device cuda     # or `make bench-gpu`: everything, on a GPU
-    python benchmarks/throughput.py --quick           # to see that it runs: numbers mean nothing
+    python -m benchmarks speed                   # CPU, one thread, about 15 minutes
+    python -m benchmarks speed --device cuda     # or `make bench-gpu`: everything, on a GPU
+    python -m benchmarks speed --quick           # to see that it runs: numbers mean nothing
 
 Parts (``--parts``), each measured in one run and interleaved (A B C A B C …), so that whatever else
 the machine does meets all sides; times are medians over the rounds:
@@ -13,30 +13,33 @@ the machine does meets all sides; times are medians over the rounds:
     matrix   every registered agent: eager, compile, cuda_graph × fp32, bf16 × 1, 4, 16 members
     long     long timed runs with logging, extrapolated to a million updates, with a profile that
              says what bounds an update and the memory beside its estimate (on a GPU unless asked)
+    acting   what engine=compile brings SAC while it acts (when asked)
+    online   what acting costs the loop, and the meta step MOORL (when asked)
 
-What a machine lacks is listed with the reason. `floors.py` says what the floor is. Results are
+What a machine lacks is listed with the reason. `floors` says what the floor is. Results are
 written after every part; parts of an earlier run on the same machine are kept.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
-import throughput_report
+from benchmarks import workers
+from benchmarks.speed import acting, online, tables
+from benchmarks.store import RESULTS, machine, now, write_json
+from benchmarks.study import Study, add
 
-HERE = Path(__file__).parent
 DATA = {"rows": 100_000, "observation_dim": 17, "action_dim": 6}  # HalfCheetah's shapes
-PARTS = ("beside", "long", "matrix")
+PARTS = ("beside", "matrix", "long", "acting", "online")
 # Layers on both sides; {} are the agent's own defaults, which the peer does not have.
 NETWORKS = {
     "bc": (256, 256),
@@ -58,15 +61,15 @@ LOG_INTERVAL = {"cpu": 100, "cuda": 1000}  # updates between two readings of the
 class Bench:
     """The parts, for the options of one command."""
 
-    def __init__(self, options: argparse.Namespace, peer: Callable[[], str] | None):
+    def __init__(self, options: Namespace, peer: Callable[[], str] | None):
         self.options, self.peer = options, peer
         self.device, self.clock, self.quick = options.device, options.clock, options.quick
         self.data = DATA | ({"rows": 2000} if self.quick else {})
         self.step = STEP[self.device]
 
-    def ours(self, **environment: str) -> common.Worker:
-        script = HERE / "engines.py"
-        return common.Worker(sys.executable, script, "--device", self.device, **environment)
+    def ours(self, **environment: str) -> workers.Worker:
+        arguments = "speed.engines", "--device", self.device
+        return workers.Worker(sys.executable, *arguments, **environment)
 
     def task(self, agent: str, **fields: Any) -> dict[str, Any]:
         return {"agent": agent, "data": self.data, "quick": self.quick} | fields
@@ -74,9 +77,9 @@ class Bench:
     def settings(self, agent: str) -> dict[str, Any]:
         """Equal on all sides."""
         found = {"normalize_observations": False}  # noise is standard already; it costs d3rlpy time
-        if agent in common.SETTINGS:
+        if agent in workers.SETTINGS:
             hidden = (16, 16) if self.quick else NETWORKS[agent]
-            found = common.settings_of(agent, hidden) | found | {"normalize_rewards": False}
+            found = workers.settings_of(agent, hidden) | found | {"normalize_rewards": False}
             found |= {"batch_size": 16} if self.quick else {}
         return found
 
@@ -92,9 +95,8 @@ class Bench:
         with contextlib.ExitStack() as stack:
             ours, plain = stack.enter_context(self.ours()), stack.enter_context(self.ours())
             peer = None
-            if self.peer and agent in common.SETTINGS:
-                script = HERE / "peer_d3rlpy.py"
-                peer = stack.enter_context(common.Worker(self.peer(), script))
+            if self.peer and agent in workers.SETTINGS:
+                peer = stack.enter_context(workers.Worker(self.peer(), "speed.peer"))
             return self._beside(agent, ours, plain, peer)
 
     def _beside(self, agent: str, ours: Any, plain: Any, peer: Any) -> dict[str, Any]:
@@ -134,7 +136,7 @@ class Bench:
                 sides["plain"] = block(plain, "plain")
         for name, compiled in (("d3rlpy", False), ("d3rlpy compile", True)):
             if peer is None:
-                had = agent in common.SETTINGS
+                had = agent in workers.SETTINGS
                 missing[name] = "left out (--no-peer)" if had else f"d3rlpy has no {agent}"
             elif compiled and cpu:
                 missing[name] = "d3rlpy's compile option acts on a GPU alone"
@@ -237,8 +239,8 @@ class Bench:
                 missing = {"estimated_bytes": None, "estimate": estimate}
                 found |= missing if "missing" in estimate else estimate
             rows.append({"side": "saferl", "precision": precision, "members": members} | found)
-        if agent in common.SETTINGS and members == 1 and self.peer:
-            with common.Worker(self.peer(), HERE / "peer_d3rlpy.py") as peer:
+        if agent in workers.SETTINGS and members == 1 and self.peer:
+            with workers.Worker(self.peer(), "speed.peer") as peer:
                 for name in ("d3rlpy", "d3rlpy compile"):
                     rows.append(
                         {"side": name, "members": 1} | self._peer(peer, agent, name, seconds)
@@ -260,6 +262,16 @@ class Bench:
         each = (time.perf_counter() - start) / updates
         peer("drop")
         return {"updates": updates, "seconds": each, "minutes_per_million": each * 1e6 / 60}
+
+    # While acting.
+
+    def acting(self, hidden: int, utd: int) -> dict[str, Any]:
+        """Eager and compiled updates of SAC in an environment."""
+        return acting.measure(hidden, utd, 2 if self.quick else self.options.rounds)
+
+    def online(self, hidden: int, members: int) -> dict[str, Any]:
+        """The loop with and without an environment, and MOORL's meta step."""
+        return online.measure(hidden, members, 2 if self.quick else 2 * self.options.rounds)
 
 
 def floors_of(side: str, facts: dict[str, Any], rates: dict[str, list[float]]) -> list[float]:
@@ -309,103 +321,114 @@ def attempt(name: str, function: Callable[..., Any], *arguments: Any) -> dict[st
         return function(*arguments)
     except (RuntimeError, OSError) as error:  # of a worker, with its traceback, or its pipe
         print(error, file=sys.stderr)
-        return {"agent": arguments[0], "failed": str(error).strip().splitlines()[-1][:200]}
+        agent = arguments[0] if isinstance(arguments[0], str) else name
+        return {"agent": agent, "failed": str(error).strip().splitlines()[-1][:200]}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--parts", nargs="+", choices=PARTS, help="default: all on a GPU, else not `long`")
-    add("--agents", nargs="+", help="default: all that are registered")
-    add("--rounds", type=int, default=31, help="blocks of each side in `beside`")
-    add("--seconds", type=float, default=60, help="of each run in `long`")
-    add("--full", action="store_true", help="compile every number of members on a CPU too")
-    add("--quick", action="store_true", help="tiny networks and few updates, to see that it runs")
-    add("--clock", choices=sorted(common.CLOCKS), default="wall",
-        help="cpu: time on the processor, for a machine that is busy with other work")  # fmt: skip
-    add("--no-peer", action="store_true", help="leave d3rlpy out")
-    add("--peer-python", help="an interpreter with d3rlpy; else .venv-peers is made")
-    add("--out", type=Path, help="folder of the results")
-    options = parser.parse_args()
-    if options.device == "cuda" and options.clock == "cpu":
-        parser.error("--clock cpu sees nothing of what a GPU does")
-    if options.parts is None:
-        options.parts = PARTS if options.device == "cuda" else ("beside", "matrix")
-    if options.out is None:
-        options.out = Path(tempfile.mkdtemp("-quick")) if options.quick else common.RESULTS
-    return options
+class Speed(Study):
+    name = "speed"
+
+    def options(self, parser: ArgumentParser) -> None:
+        add(parser, "--device", "cpu", choices=("cpu", "cuda"))
+        add(parser, "--parts", None, "default: beside and matrix, on a GPU long too", nargs="+",
+            choices=PARTS)  # fmt: skip
+        add(parser, "--agents", None, "default: all that are registered", nargs="+")
+        add(parser, "--rounds", 31, "blocks of each side in `beside`")
+        add(parser, "--seconds", 60.0, "of each run in `long`")
+        add(parser, "--full", False, "compile every number of members on a CPU too")
+        add(parser, "--quick", False, "tiny networks and few updates, to see that it runs")
+        add(parser, "--clock", "wall", "cpu: time on the processor, for a machine that is busy",
+            choices=sorted(workers.CLOCKS))  # fmt: skip
+        add(parser, "--no-peer", False, "leave d3rlpy out")
+        add(parser, "--peer-python", None, "an interpreter with d3rlpy; else .venv-peers is made")
+
+    def check(self, parser: ArgumentParser, options: Namespace) -> None:
+        cuda = options.device == "cuda"
+        if cuda and options.clock == "cpu":
+            parser.error("--clock cpu sees nothing of what a GPU does")
+        options.parts = options.parts or PARTS[: 3 if cuda else 2]
+        if options.quick and options.out == RESULTS:
+            options.out = Path(tempfile.mkdtemp("-quick"))
+        if cuda and not options.report:
+            import torch
+
+            if not torch.cuda.is_available():
+                print("no CUDA GPU is here: run this on a machine that has one", file=sys.stderr)
+                sys.exit(2)
+
+    def file(self, options: Namespace) -> Path:
+        return options.out / ("speed.json" if options.device == "cpu" else "speed-cuda.json")
+
+    def measure(self, options: Namespace) -> dict[str, Any]:
+        path = self.file(options)
+        peer = None if options.no_peer else lambda: workers.peer_python(options.peer_python)
+        bench = Bench(options, peer)
+        document, agents = self.setup(bench, options)
+        if path.exists() and not options.fresh:
+            keep_parts(document, path)
+        for part in options.parts:
+            for task in tasks(part, options.agents or agents):
+                name = " ".join(map(str, (part, *task)))
+                row = attempt(name, getattr(bench, part), *task)
+                rows = document["parts"].get(part, {}).get("rows", [])
+                rows = [row for row in rows if row["name"] != name]
+                rows.append(row | {"name": name, "date": now()})
+                rows.sort(key=lambda row: agents.index(row["agent"]))
+                clock = "cpu" if part in ("acting", "online") else options.clock
+                document["parts"][part] = {
+                    "command": options.command, "date": now(), "clock": clock, "rows": rows,
+                }  # fmt: skip
+                write_json(path, document)
+            self.render(document, path)
+        return document
+
+    def setup(self, bench: Bench, options: Namespace) -> tuple[dict[str, Any], list[str]]:
+        """Results without any, and the names of all agents."""
+        with bench.ours() as worker:
+            facts = worker("facts")
+        if unknown := set(options.agents or ()) - set(facts["agents"]):
+            there = ", ".join(facts["agents"])
+            sys.exit(f"no agent {', '.join(sorted(unknown))}: there are {there}")
+        versions = {"ours": facts["versions"]}
+        if bench.peer:
+            with workers.Worker(bench.peer(), "speed.peer") as worker:
+                versions["peer"] = worker("versions")
+                facts["peer_float32_products"] = worker("precision")
+        products = {k: v for k, v in facts.items() if k.endswith("float32_products")}
+        return {
+            "machine": machine() | {k: facts[k] for k in ("gpu", "cuda", "amx")},
+            "versions": versions,
+            "float32_products": products,
+            "data": bench.data,
+            "quick": options.quick,
+            "parts": {},
+        }, facts["agents"]
+
+    def report(self, content: dict[str, Any]) -> str:
+        content["verdicts"] = tables.verdicts(content)
+        return tables.report(content)
+
+    def draw(self, content: dict[str, Any], path: Path) -> None:
+        tables.plot(content, path)
 
 
-def write(document: dict[str, Any], path: Path) -> str:
-    """The JSON, the plot and the report, which is returned."""
-    document["verdicts"] = throughput_report.verdicts(document)
-    common.write_json(path, document)
-    throughput_report.plot(document, path.with_suffix(".png"))
-    text = throughput_report.report(document)
-    path.with_suffix(".md").write_text(text)
-    return text
+STUDY = Speed()
 
 
-def main() -> None:
-    options = parse()
-    if options.device == "cuda":
-        import torch
+def tasks(part: str, agents: Sequence[str]) -> list[tuple[Any, ...]]:
+    """What a part measures, one after the other."""
+    if part in ("acting", "online"):
+        return list({"acting": acting, "online": online}[part].TASKS)
+    if part == "long":
+        return [task for task in LONG if task[0] in agents]
+    return [(agent,) for agent in agents if part == "matrix" or agent in NETWORKS]
 
-        if not torch.cuda.is_available():
-            print("no CUDA GPU is here: run this on a machine that has one", file=sys.stderr)
-            sys.exit(2)
-    stem = "throughput" if options.device == "cpu" else "throughput-cuda"
-    path = options.out / f"{stem}.json"
-    peer = None if options.no_peer else lambda: common.peer_python(options.peer_python)
-    bench = Bench(options, peer)
-    with bench.ours() as worker:
-        facts = worker("facts")
-    if options.agents and (unknown := set(options.agents) - set(facts["agents"])):
-        sys.exit(f"no agent {', '.join(sorted(unknown))}: there are {', '.join(facts['agents'])}")
-    agents = options.agents or facts["agents"]
-    versions = {"ours": facts["versions"]}
-    if peer:
-        with common.Worker(peer(), HERE / "peer_d3rlpy.py") as worker:
-            versions["peer"] = worker("versions")
-            facts["peer_float32_products"] = worker("precision")
-    document = {
-        "machine": common.machine() | {k: facts[k] for k in ("gpu", "cuda", "amx")},
-        "versions": versions,
-        "float32_products": {k: v for k, v in facts.items() if k.endswith("float32_products")},
-        "data": bench.data,
-        "quick": options.quick,
-        "parts": {},
-    }
+
+def keep_parts(document: dict[str, Any], path: Path) -> None:
+    """Take over the parts of an earlier run on this machine with these versions."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         earlier = json.loads(path.read_text())
         same = all(earlier[k] == document[k] for k in ("machine", "quick"))
-        if same and earlier["versions"]["ours"] == versions["ours"]:
+        if same and earlier["versions"]["ours"] == document["versions"]["ours"]:
             document["parts"] = earlier["parts"]
-            document["versions"] = earlier["versions"] | versions
-    for part in options.parts:
-        if part == "long":
-            todo = [task for task in LONG if task[0] in agents]
-        else:
-            todo = [(agent,) for agent in agents if part == "matrix" or agent in NETWORKS]
-        rows = document["parts"].get(part, {}).get("rows", [])
-        for task in todo:
-            name = " ".join(map(str, (part, *task)))
-            row = attempt(name, getattr(bench, part), *task)
-            rows = [row for row in rows if row["name"] != name]
-            rows.append(row | {"name": name, "date": common.now()})
-            rows.sort(key=lambda row: facts["agents"].index(row["agent"]))
-            document["parts"][part] = {
-                "command": common.command(),
-                "date": common.now(),
-                "clock": options.clock,
-                "rows": rows,
-            }
-            common.write_json(path, document)
-        text = write(document, path)
-    print(text, end="")
-    print(f"written to {path}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()
+            document["versions"] = earlier["versions"] | document["versions"]

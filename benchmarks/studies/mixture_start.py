@@ -1,32 +1,27 @@
 """Why clones of a mixture stand still: where the expert's rows are, and where policies get going.
 
-    python benchmarks/mixture_start.py                     # BC and TD3+BC, ten minutes of one core
-    python benchmarks/mixture_start.py --agents a2pr       # any agent of evidence.py
+    python -m benchmarks mixture_start                     # BC and TD3+BC, ten minutes of one core
+    python -m benchmarks mixture_start --agents a2pr       # any agent of the study `comparison`
 
 On `saferl/halfcheetah-expert-random-50-v0` half of the episodes are an expert's. Near an episode's
-first state, how many of the nearest rows are? And what does a policy trained as in evidence.py
+first state, how many of the nearest rows are? And what does a policy trained as in `comparison`
 return if it is put into a state that the expert was in after some steps? The data are saferl's own,
 not D4RL's.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
-import tempfile
 import time
-from pathlib import Path
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
-import common
-
-os.environ.update(common.ONE_THREAD)
-
-import evidence
-import gymnasium
 import numpy as np
-import torch
+
+from benchmarks import report
+from benchmarks.runner import one_thread, trained
+from benchmarks.studies import comparison
+from benchmarks.study import Study, add
 
 DATASET = "saferl/halfcheetah-expert-random-50-v0"
 EXPERT = 3000.0  # return above which an episode is the expert's: random ones are below 0
@@ -56,21 +51,18 @@ class Rows:
 
 
 def policy_of(agent: str, data: Any, members: int, updates: int) -> Any:
-    """Trained as evidence.py trains on a CPU."""
-    import saferl
-
-    scale = argparse.Namespace(**evidence.SCALES[False] | {"updates": updates})
-    with tempfile.TemporaryDirectory() as folder:
-        run = saferl.train(
-            agent, data, steps=updates, members=members, out=Path(folder) / "run",
-            settings=evidence.settings_of(agent, DATASET, scale), device="cpu", eval_interval=0,
-            engine="compile", progress=False,
-        )  # fmt: skip
-        return run.policy()
+    """Trained as `comparison` trains on a CPU."""
+    scale = Namespace(**comparison.SCALES[False] | {"updates": updates})
+    settings = comparison.settings_of(agent, DATASET, scale)
+    key = {"agent": agent, "members": members, "settings": settings}
+    with trained(key, data, steps=updates, device="cpu", eval_interval=0) as run:
+        return run.policy
 
 
-def returns_from(policy: Any, env: gymnasium.Env, observation: np.ndarray) -> list[float]:
+def returns_from(policy: Any, env: Any, observation: np.ndarray) -> list[float]:
     """Return of `STEPS` steps of each member, begun in the state of ``observation``."""
+    import torch
+
     half, found = len(observation) // 2, []
     for member in range(policy.members):
         own, total, seen = policy.member(member), 0.0, observation
@@ -85,56 +77,61 @@ def returns_from(policy: Any, env: gymnasium.Env, observation: np.ndarray) -> li
     return found
 
 
-def main() -> None:
-    import saferl
+class MixtureStart(Study):
+    name, packages = "mixture_start", ("mujoco", "gymnasium")
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--agents", nargs="+", choices=evidence.AGENTS, default=["bc", "td3_bc"])
-    parser.add_argument("--members", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=100_000)
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    data, start = saferl.load_dataset(DATASET), time.perf_counter()
-    rows = Rows(data)
-    shares = {at: np.mean([rows.share(r) for r in rows.of_expert(at, 20)]) for at in AT}
-    env, returns = gymnasium.make(data.card.env_id), {}
-    for agent in options.agents:
-        policy = policy_of(agent, data, options.members, options.updates)
-        returns[agent] = {
-            at: np.array([
-                returns_from(policy, env, rows.observations[row].astype(np.float64))
-                for row in rows.of_expert(at, STATES)
-            ]).mean(0)
-            for at in AT
-        }  # fmt: skip
-        print(f"{agent}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    cells = [
-        [at, f"{shares[at]:.2f}", *(
-            f"{own[at].mean():.0f} ({own[at].min():.0f} to {own[at].max():.0f})"
-            for own in returns.values()
-        )]
-        for at in AT
-    ]  # fmt: skip
-    head = common.header("mujoco", "gymnasium")
-    common.write_json(options.out / "mixture_start.json", head | {
-        "dataset": DATASET, "expert_share": {str(k): float(v) for k, v in shares.items()},
-        "returns": {agent: {str(at): np.round(v, 1).tolist() for at, v in own.items()}
-                    for agent, own in returns.items()},
-    })  # fmt: skip
-    text = (
-        "# Where the clones of a mixture stand still\n\n**The data are generated by saferl, not "
-        f"D4RL's.** `{DATASET}`: {rows.expert.mean():.0%} of the rows are the expert's.\n\n"
-        + common.table(
-            ["expert's step", f"expert's share of the {NEAREST} nearest rows", *returns], cells
+    def options(self, parser: ArgumentParser) -> None:
+        add(parser, "--agents", ("bc", "td3_bc"), choices=comparison.NAMES)
+        add(parser, "--members", 3)
+        add(parser, "--updates", 100_000)
+
+    def measure(self, options: Namespace) -> dict[str, Any]:
+        import gymnasium
+
+        import saferl
+
+        one_thread()
+        data, start = saferl.load_dataset(DATASET), time.perf_counter()
+        rows, env = Rows(data), gymnasium.make(data.card.env_id)
+        returns: dict[str, dict[str, list[float]]] = {}
+        for agent in options.agents:
+            policy = policy_of(agent, data, options.members, options.updates)
+            returns[agent] = {}
+            for at in AT:
+                begun = [
+                    returns_from(policy, env, rows.observations[row].astype(np.float64))
+                    for row in rows.of_expert(at, STATES)
+                ]
+                returns[agent][str(at)] = np.round(np.mean(begun, 0), 1).tolist()
+            print(f"{agent}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        shares = {at: [rows.share(row) for row in rows.of_expert(at, 20)] for at in AT}
+        return self.header(options) | {
+            "dataset": DATASET,
+            "expert_rows": float(rows.expert.mean()),
+            "expert_share": {str(at): float(np.mean(share)) for at, share in shares.items()},
+            "returns": returns,
+        }
+
+    def report(self, content: dict[str, Any]) -> str:
+        returns = {agent: {at: np.array(v) for at, v in own.items()}
+                   for agent, own in content["returns"].items()}  # fmt: skip
+        cells = [
+            [at, f"{share:.2f}", *(
+                f"{own[at].mean():.0f} ({own[at].min():.0f} to {own[at].max():.0f})"
+                for own in returns.values()
+            )]
+            for at, share in content["expert_share"].items()
+        ]  # fmt: skip
+        heads = ["expert's step", f"expert's share of the {NEAREST} nearest rows", *returns]
+        members = len(next(iter(content["returns"].values()))["0"])
+        return (
+            "# Where the clones of a mixture stand still\n\n**The data are generated by saferl, "
+            f"not D4RL's.** `{DATASET}`: {content['expert_rows']:.0%} of the rows are the "
+            f"expert's.\n\n{report.table(heads, cells)}\n\nReturn of {STEPS} steps begun in "
+            f"{STATES} states of the expert after so many steps: mean of {members} members, and "
+            f"their range.\n\n`{content['command']}`, {content['date']}, "
+            f"{content['machine']['cpu']}.\n"
         )
-        + f"\n\nReturn of {STEPS} steps begun in {STATES} states of the expert after so many "
-        f"steps: mean of {options.members} members, and their range.\n\n`{head['command']}`, "
-        f"{head['date']}, {head['machine']['cpu']}.\n"
-    )
-    (options.out / "mixture_start.md").write_text(text)
-    print(text, end="")
 
 
-if __name__ == "__main__":
-    main()
+STUDY = MixtureStart()

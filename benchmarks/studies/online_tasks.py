@@ -1,4 +1,4 @@
-"""What `hybrid.py` trains: tasks and their data, methods, and the schedule."""
+"""What the study `online` trains: tasks and their data, methods, and the schedule."""
 
 from __future__ import annotations
 
@@ -228,14 +228,14 @@ def environment(name: str) -> str | Callable[[], Any]:
 def dataset_of(name: str, size: int | None = None) -> Any:
     """A bundled set, or one of cartpole's, made on first use and kept beside the bundled ones."""
     import saferl
-    from saferl.data import Dataset
-    from saferl.data.files import data_dir
-    from saferl.evaluation import collect_transitions
+    from saferl.data import Dataset, save_dataset
+    from saferl.data.sources.fetch import data_dir
+    from saferl.rollout import collect_transitions
 
     if name.startswith("saferl/"):
         return saferl.load_dataset(name, **({"size": size} if size else {}))
     size = size or ROWS
-    file = data_dir("hybrid") / f"{name}-{size}.npz"
+    file = data_dir("online") / f"{name}-{size}.npz"
     if file.exists():
         return saferl.load_dataset(file)
     policy, origin = None, "uniformly random actions"
@@ -247,11 +247,12 @@ def dataset_of(name: str, size: int | None = None) -> Any:
         policy, environment(env_id), size, seed=5, stochastic=policy is not None
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_arrays(
-        **rows, id=f"hybrid/{name}", env_id=env_id, action_low=(-1.0,), action_high=(1.0,),
+    made = Dataset.from_arrays(
+        **rows, id=f"online/{name}", env_id=env_id, action_low=(-1.0,), action_high=(1.0,),
         horizon=500, reference_returns=(0.0, 1000.0), reference_source="the range of the returns",
-        origin=f"{origin}; made by benchmarks/hybrid.py, no published data",
-    ).save(file)  # fmt: skip
+        origin=f"{origin}; made by the study `online`, no published data",
+    )  # fmt: skip
+    save_dataset(made, file)
     return saferl.load_dataset(file)  # what a rerun reads, to the bit
 
 

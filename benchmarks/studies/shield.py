@@ -16,22 +16,21 @@ fast runner with the slow one as its fallback; reserve 60.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-import common
-
-os.environ.update(common.ONE_THREAD)
 
 import numpy as np
 import torch
 
+from benchmarks import report
+from benchmarks.runner import one_thread
+from benchmarks.store import now, write_json
+from benchmarks.study import Study, add
+from benchmarks.workers import CLOCKS
 from saferl.data import load_dataset
 from saferl.nn.policies import DeterministicActor, Policy
 from saferl.rng import MemberRandom
@@ -112,7 +111,7 @@ def drawn(spec: Spec, count: int) -> np.ndarray:
 def measure(task: tuple, count: int, logged: bool, rounds: int, clock: str) -> dict[str, Any]:
     """Medians of microseconds per step, bare, guarded and added; share of actions changed."""
     spec, guardian, limit, observations, actions = task
-    now = common.CLOCKS[clock]
+    clock_now = CLOCKS[clock]
     usable = len(observations) // count * count
     batches = observations[:usable].reshape(-1, count, spec.observation_dim)
     proposals = actions if logged else drawn(spec, len(actions))
@@ -133,11 +132,11 @@ def measure(task: tuple, count: int, logged: bool, rounds: int, clock: str) -> d
         shield.observe(costs)
 
     def block(step: Callable[[np.ndarray], None], steps: int) -> float:
-        start = now()
+        start = clock_now()
         for i in range(steps):
             bare.turn = inner.turn = i % len(batches)
             step(batches[bare.turn])
-        return 1e6 * (now() - start) / steps
+        return 1e6 * (clock_now() - start) / steps
 
     steps = [max(5, int(1e6 * BLOCK_SECONDS / max(block(f, 5), 1))) for f in (alone, guarded)]
     pairs = [(block(alone, steps[0]), block(guarded, steps[1])) for _ in range(rounds)]
@@ -160,7 +159,7 @@ def measure(task: tuple, count: int, logged: bool, rounds: int, clock: str) -> d
 def sepsis(seeds: int, episodes: int) -> list[dict[str, Any]]:
     """Exact values of the planner, alone and guarded, one row per variant; lists are per seed."""
     from saferl.envs import icu_sepsis as icu
-    from saferl.safety.tabular import exact_evaluate
+    from saferl.models.mdp import exact_evaluate
 
     found: dict[str, list[dict[str, float]]] = {}
     mean, hard = icu.mdp("mean"), icu.mdp("terminate")
@@ -263,16 +262,6 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean} ({min(values):.{digits}f} – {max(values):.{digits}f})"
 
 
-# The command -----------------------------------------------------------------------------------
-
-
-def report(document: dict[str, Any]) -> str:
-    """Tables in Markdown."""
-    parts = document["parts"]
-    texts = [TABLES[name](part) for name, part in parts.items()]
-    return "\n\n".join(texts) + f"\n\n{document['machine']['cpu']}, one thread.\n"
-
-
 def effect_tables(part: dict[str, Any]) -> str:
     columns = {
         "sepsis": {
@@ -290,7 +279,7 @@ def effect_tables(part: dict[str, Any]) -> str:
             (row["policy"], *(spread(row[key], digits) for key, (_, digits) in heads.items()))
             for row in part[task]
         ]
-        texts.append(common.table((task, *(head for head, _ in heads.values())), rows))
+        texts.append(report.table((task, *(head for head, _ in heads.values())), rows))
     source = f"`{part['command']}`, {part['date']}. Means (least – greatest) over {part['note']}."
     return "\n\n".join([*texts, source])
 
@@ -307,7 +296,7 @@ def overhead_table(document: dict[str, Any]) -> str:
         for row in document["rows"]
     ]  # fmt: skip
     return (
-        f"{common.table(heads, rows)}\n\n`{document['command']}`, {document['date']}, "
+        f"{report.table(heads, rows)}\n\n`{document['command']}`, {document['date']}, "
         f"{document['clock']} clock. Medians of "
         f'{document["rows"][0]["rounds"]} rounds, µs per step of all environments. "logged" '
         'actions are the data\'s own, "random" ones uniform; where one is changed, the search for '
@@ -318,42 +307,48 @@ def overhead_table(document: dict[str, Any]) -> str:
 TABLES = {"overhead": overhead_table, "effect": effect_tables}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=sorted(TABLES), default=sorted(TABLES))
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--clock", choices=sorted(common.CLOCKS), default="wall",
-                        help="cpu: time on the processor, for a machine that is busy")  # fmt: skip
-    parser.add_argument("--small", action="store_true", help="few rows, to see that it runs")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    path = options.out / "shield.json"
-    document: dict[str, Any] = {"parts": {}}
-    if path.exists() and not options.small:  # parts that are not run now are kept
-        document = json.loads(path.read_text())
-    document |= {
-        "machine": common.machine(),
-        "versions": common.versions(["saferl", "torch", "numpy", "scikit-learn"]),
-    }
-    for name in options.parts:
-        part = {"command": common.command(), "date": common.now()}
-        if name == "overhead":
-            part |= {"clock": options.clock, "rows": overhead(options)}
-        else:
-            seeds, episodes = (1, 1000) if options.small else (5, 5000)
-            part |= {
-                "note": f"{seeds} seeds of {episodes} clinician episodes; {seeds} episodes run",
-                "sepsis": sepsis(seeds, episodes),
-                "halfcheetah": halfcheetah(seeds, (80.0,) if options.small else (80.0, 200.0)),
-            }
-        document["parts"][name] = part
-        common.write_json(path, document)
-    path.with_suffix(".md").write_text(report(document))
-    print(report(document), end="")
+class ShieldStudy(Study):
+    name, packages = "shield", ("scikit-learn",)
+
+    def options(self, parser: ArgumentParser) -> None:
+        add(parser, "--parts", tuple(sorted(TABLES)), choices=sorted(TABLES))
+        add(parser, "--rounds", 11)
+        add(parser, "--clock", "wall", "cpu: time on the processor, for a machine that is busy",
+            choices=sorted(CLOCKS))  # fmt: skip
+        add(parser, "--small", False, "few rows, to see that it runs")
+
+    def measure(self, options: Namespace) -> dict[str, Any]:
+        one_thread()
+        path = self.file(options)
+        document: dict[str, Any] = {"parts": {}}
+        if path.exists() and not (options.small or options.fresh):  # other parts are kept
+            document = json.loads(path.read_text())
+        found = self.header(options)
+        document |= {name: found[name] for name in ("machine", "versions")}
+        for name in options.parts:
+            part = {"command": options.command, "date": now()}
+            if name == "overhead":
+                part |= {"clock": options.clock, "rows": overhead(options)}
+            else:
+                seeds, episodes = (1, 1000) if options.small else (5, 5000)
+                part |= {
+                    "note": f"{seeds} seeds of {episodes} clinician episodes; {seeds} episodes run",
+                    "sepsis": sepsis(seeds, episodes),
+                    "halfcheetah": halfcheetah(seeds, (80.0,) if options.small else (80.0, 200.0)),
+                }
+            document["parts"][name] = part
+            write_json(path, document)
+        return document
+
+    def report(self, content: dict[str, Any]) -> str:
+        texts = [TABLES[name](part) for name, part in content["parts"].items()]
+        return "\n\n".join(texts) + f"\n\n{content['machine']['cpu']}, one thread.\n"
 
 
-def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
+STUDY = ShieldStudy()
+
+
+def overhead(options: Namespace) -> list[dict[str, Any]]:
     rows = []
     for name, task in tasks(options.small).items():
         for count in ENVIRONMENTS:
@@ -362,7 +357,3 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
                 row = measure(task, count, logged, options.rounds, options.clock)
                 rows.append({"guard": name} | row)
     return rows
-
-
-if __name__ == "__main__":
-    main()

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save_file
 
 from saferl.agents.sac import SAC, SACConfig
-from saferl.evaluation.rollout import Slots
 from saferl.registry import make_env
+from saferl.rollout import VectorEnv
 from saferl.spec import Spec
-from saferl.training.hybrid import HybridEngine
+from saferl.training.online import OnlineEngine
 
 ROBOTS = {"hopper": "Hopper", "halfcheetah": "HalfCheetah", "walker2d": "Walker2d"}
 
@@ -55,7 +55,7 @@ def main() -> None:
     )
     seeds = [options.seed + i for i in range(len(options.penalties))]
     agent = SAC(spec, config, seeds)
-    engine = HybridEngine(agent, Slots(env_id, len(seeds), None), options.steps, say=print)
+    engine = OnlineEngine(agent, VectorEnv(env_id, len(seeds), None), options.steps, say=print)
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / f"{options.robot}.jsonl"
     start = time.time()
