@@ -1,5 +1,6 @@
 # Every target makes .venv and installs what it needs; nothing else must be on the machine but
 # Python 3.11 or later. torch comes first, so that the pinned build is taken and not a newer one.
+# The editable install is a path, not an import hook, so that type checkers and editors see it.
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= 2
 
@@ -8,7 +9,8 @@ export OMP_NUM_THREADS ?= 2
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -c constraints.txt torch
-	.venv/bin/pip install --quiet -c constraints.txt -e ".[test]"
+	.venv/bin/pip install --quiet -c constraints.txt --config-settings editable_mode=compat \
+		-e ".[test]"
 	touch $@
 
 train: .venv/installed
@@ -30,3 +32,4 @@ bench-gpu: .venv/installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy

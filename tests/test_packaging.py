@@ -73,6 +73,62 @@ def test_the_core_never_names_agents_or_environments():
     assert offenders == []
 
 
+def test_links_lead_to_the_folders():
+    """Type checkers and editors find `saferl.agents` in a checkout by these."""
+    for name in ("agents", "envs", "configs"):
+        link = ROOT / "saferl" / name
+        assert link.is_symlink() and os.readlink(link) == f"../{name}"
+
+
+def type_check(site: Path | None, tmp_path: Path, script: str) -> str:
+    """What mypy says of a script in a neutral folder, saferl being in a site folder."""
+    (tmp_path / "script.py").write_text(script)
+    path = {"MYPYPATH": str(site)} if site else {}
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", os.devnull, "--ignore-missing-imports",
+         "--cache-dir", os.devnull, "--follow-imports", "silent", "script.py"],
+        cwd=tmp_path, env=os.environ | path, capture_output=True, text=True,
+    )  # fmt: skip
+    return result.stdout + result.stderr
+
+
+CONSUMER = (ROOT / "tests" / "typing" / "consumer.py").read_text()
+
+
+@pytest.mark.slow
+def test_a_typed_project_is_checked_against_the_editable_install(tmp_path):
+    assert "Success" in type_check(None, tmp_path, CONSUMER)
+    wrong = CONSUMER.replace("agent.config.alpha", "agent.config.alpa")
+    assert 'has no attribute "alpa"' in type_check(None, tmp_path, wrong)
+
+
+@pytest.mark.slow
+def test_a_checkout_without_links_still_installs(tmp_path):
+    """As on a file system that has none: a link is then a small text file."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True,
+                           text=True).stdout.split()  # fmt: skip
+    copy = tmp_path / "checkout"
+    for name in files:
+        source, target = ROOT / name, copy / name
+        if not name.startswith(
+            ("saferl", "agents", "envs", "configs", "pyproject", "README", "LICENSE")
+        ) or not (source.exists() or source.is_symlink()):
+            continue  # fmt: skip
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            target.write_text(os.readlink(source))
+        else:
+            target.write_bytes(source.read_bytes())
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
+                    "--no-build-isolation", "--target", str(site), str(copy)],
+                   check=True, capture_output=True)  # fmt: skip
+    code = "import saferl.agents.td3_bc, saferl.envs, saferl; print(saferl.agents.__file__)"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert str(site) in python(code, elsewhere, PYTHONPATH=str(site))
+
+
 @pytest.mark.slow
 def test_wheel_and_sdist_work_from_another_folder(tmp_path):
     """Both build; the sdist holds what the wheel needs; the wheel's code trains from elsewhere."""
@@ -87,6 +143,9 @@ def test_wheel_and_sdist_work_from_another_folder(tmp_path):
     for needed in ("saferl/py.typed", "saferl/agents/td3_bc.py", "saferl/configs/cql.yaml",
                    "saferl/envs/behaviours/hopper.safetensors"):  # fmt: skip
         assert needed in held
+    typed = tmp_path / "typed"
+    typed.mkdir()
+    assert "Success" in type_check(site, typed, CONSUMER)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     code = (
