@@ -42,7 +42,7 @@ SMALL |= {"channels": [4, 4], "strides": [2, 1], "features": 6}
 # Per-member fields that no update sees.
 OF_THE_RUN = {"exploration_budget", "offline_share"}
 # Settings without which a field has no effect.
-NEEDS = {
+NEEDS: dict[str, dict[str, Any]] = {
     "target_gap": {"lagrange": True},
     "cost_discount": {"cost_limit": 0.2},
     "multiplier_lr": {"cost_limit": 0.2},
@@ -87,6 +87,7 @@ def task_for(cls: Any, rows: int = ROWS) -> Dataset:
     rng = np.random.default_rng(0)
     ends = np.arange(rows) % 8 == 7
     first = observations(cls, rng, rows)
+    actions: np.ndarray
     bounds: dict[str, Any]
     if cls.discrete:
         actions, bounds = rng.integers(CHOICES, size=rows), {"n_actions": CHOICES}
@@ -237,12 +238,14 @@ def a_value_per_member_is_a_run_of_its_own(cls: Any, fields: list[str] | None = 
         default = float(getattr(small_config(cls), field))
         # No default is 0.4; one that is infinite, which is off, gives way to two that are on.
         values = [default, 0.5 * default + 0.2] if math.isfinite(default) else [0.2, 2.0]
-        extra: dict[str, Any] = NEEDS.get(field, {})
-        both = Trial(cls, (5, 5), **{field: values}, **extra)
+        extra = NEEDS.get(field, {})
+        settings: dict[str, Any] = {field: values}
+        both = Trial(cls, (5, 5), **settings, **extra)
         both.train(10)
         states = []
         for m, value in enumerate(values):
-            single = Trial(cls, (5,), **{field: value}, **extra)
+            settings = {field: value}
+            single = Trial(cls, (5,), **settings, **extra)
             single.train(10)
             states.append(learned(single.state(), cls))
             for key, tensor in learned(both.state(), cls).items():

@@ -80,7 +80,8 @@ def _play(env: Env, seed: int) -> tuple[Any, Any, Any, Any]:
         spaces, random = made.spaces, np.random.default_rng(0)
         made.begin(seed)
         made.start(0, 0)
-        seen, rewards, costs, ends = [made.observations[0].copy()], [], [], []
+        columns: tuple[list[Any], ...] = ([made.observations[0].copy()], [], [], [])
+        seen, rewards, costs, ends = columns
         while made.running[0] and len(rewards) < STEPS:
             if spaces.discrete:
                 action = random.integers(spaces.action_dim, size=1)
