@@ -17,7 +17,7 @@ train: .venv/installed
 	.venv/bin/saferl train
 
 test: .venv/installed
-	.venv/bin/pytest -m "not slow"
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n auto -m "not slow"
 
 test-slow: .venv/installed
 	.venv/bin/pytest -m slow

@@ -193,7 +193,7 @@ def record(env: Any, episodes: int, policy: Any = None, seed: int = 0) -> Datase
         policy: of one member, whose most likely action is taken; None: uniformly random actions.
         seed: episode k is reset with ``seed + k``.
 
-    ``record(…).save(folder)`` writes V-D4RL's layout.
+    ``save_dataset(record(…), folder)`` writes V-D4RL's layout.
     """
     import torch
 

@@ -22,6 +22,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def float64():
+    """Rounding far below the tolerance, so that a small systematic error shows."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's data folders."""

@@ -1,11 +1,15 @@
-"""A2PR and CQL as one writes them for one network at a time: what the agents are timed against.
+"""What the tests of agents share: small agents and batches, toys, and plain references.
 
-Written from the equations with `torch.nn.Linear`, a module per critic, `torch.optim.Adam` as it
-comes and `backward`, in the structure of the public single-file implementations (the authors' for
-A2PR, CORL's for CQL) and with none of saferl's code. `tests/agents/test_plain.py` shows that an
-update is the agent's; `benchmarks/throughput.py` times it.
+A reference is written from the equations with ``torch.nn.functional`` and ordinary autograd, for
+one member and one critic at a time, in float64. It shares no code with the agents but the random
+stream.
 
-Every draw goes through ``self.normal`` and ``self.uniform``, functions of a shape.
+The last part is A2PR and CQL as one writes them for one network at a time, which the agents are
+timed against (`benchmarks/speed/throughput.py`): `torch.nn.Linear`, a module per critic,
+`torch.optim.Adam` as it comes and `backward`, in the structure of the public single-file
+implementations (the authors' for A2PR, CORL's for CQL) and with none of saferl's code.
+`tests/agents/test_plain.py` shows that an update is the agent's. Every draw there goes through
+``self.normal`` and ``self.uniform``, functions of a shape.
 """
 
 from __future__ import annotations
@@ -15,10 +19,383 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Normal, TanhTransform
+
+from saferl.agents.shared.agent import Agent
+from saferl.data import Dataset
+from saferl.registry import agent_class
+from saferl.replay import Batch, ReplayBuffer
+from saferl.rng import MemberRandom
+from saferl.spec import Spec
+from saferl.training.engine import Engine
+
+MEMBERS = (5, 6)  # seeds
+OBS, A, B = 3, 2, 7  # observation and action components, rows
+T = 20  # steps of an episode
+
+
+def make(which: str | type[Agent], members=MEMBERS, horizon: int | None = None, **settings):
+    """A small agent, by name or class; ``settings`` are its configuration.
+
+    Episodes are `T` steps long for those given by class, of unknown length for others.
+    """
+    cls = agent_class(which) if isinstance(which, str) else which
+    if horizon is None:
+        horizon = 0 if isinstance(which, str) else T
+    bounds = () if cls.discrete else (1.0,) * A
+    size = 4 if cls.discrete else A
+    spec = Spec(OBS, size, cls.discrete, tuple(-b for b in bounds), bounds, horizon=horizon)
+    return cls(spec, cls.make_config({"hidden": [8, 8]} | settings), members)
+
+
+def make_batch(agent, seed: int = 0, rows: int = B, costs: bool = False) -> Batch:
+    """Random transitions, a third of them terminal."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (agent.members, rows)
+
+    def normal(*tail: int) -> Tensor:
+        return torch.randn(*shape, *tail, generator=random)
+
+    return Batch(
+        observations=normal(OBS),
+        actions=(
+            torch.randint(agent.spec.action_dim, shape, generator=random)
+            if agent.discrete
+            else normal(A).tanh()
+        ),
+        rewards=normal(),
+        costs=normal().abs() if costs else None,
+        next_observations=normal(OBS),
+        terminals=(torch.rand(shape, generator=random) < 1 / 3).to(torch.get_default_dtype()),
+    )
+
+
+def member_of(batch: Batch, m: int) -> Batch:
+    """One member's rows, without the member axis."""
+    return batch.map(lambda field: field[m])
+
+
+class Net:
+    """A copy of one perceptron out of an `MLP`, as a chain of ordinary linear layers."""
+
+    def __init__(self, mlp: nn.Module, member: int, element: int = 0):
+        self.layers = [
+            (
+                w[member, element].detach().T.clone().requires_grad_(),
+                b[member, element, 0].detach().clone().requires_grad_(),
+            )
+            for w, b in zip(mlp.weights, mlp.biases)
+        ]
+        self.norms = [  # scale and offset of each hidden layer's LayerNorm, where there is one
+            tuple(x[member, element, 0].detach().clone().requires_grad_() for x in pair)
+            for pair in zip(mlp.scales, mlp.offsets)
+        ]
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        x = torch.cat(inputs, -1)
+        for i, (weight, bias) in enumerate(self.layers[:-1]):
+            x = F.linear(x, weight, bias)
+            if self.norms:
+                x = F.layer_norm(x, x.shape[-1:], *self.norms[i])
+            x = F.relu(x)
+        return F.linear(x, *self.layers[-1])
+
+    def parameters(self) -> list[Tensor]:
+        return [tensor for pair in (*self.layers, *self.norms) for tensor in pair]
+
+    def copy(self) -> Net:
+        twin = Net.__new__(Net)
+        twin.layers = [(w.detach().clone(), b.detach().clone()) for w, b in self.layers]
+        twin.norms = [(w.detach().clone(), b.detach().clone()) for w, b in self.norms]
+        return twin
+
+    @torch.no_grad()
+    def follow(self, source: Net, rate: float) -> None:
+        """Polyak average, written out."""
+        for own, new in zip(self.parameters(), source.parameters()):
+            own.copy_(rate * new.detach() + (1 - rate) * own)
+
+    def assert_is(self, mlp: nn.Module, member: int, element: int = 0) -> None:
+        for (w, b), weight, bias in zip(self.layers, mlp.weights, mlp.biases):
+            torch.testing.assert_close(weight[member, element].T, w, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(bias[member, element, 0], b, rtol=1e-9, atol=1e-11)
+        for (w, b), scale, offset in zip(self.norms, mlp.scales, mlp.offsets, strict=True):
+            torch.testing.assert_close(scale[member, element, 0], w, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(offset[member, element, 0], b, rtol=1e-9, atol=1e-11)
+
+
+def nets(ensemble: nn.Module, member: int) -> list[Net]:
+    """One `Net` per ensemble element."""
+    return [Net(ensemble.mlp, member, e) for e in range(ensemble.mlp.ensemble)]
+
+
+def adam(*networks: Net | Tensor, lr: float) -> torch.optim.Adam:
+    tensors = []
+    for network in networks:
+        tensors += network.parameters() if isinstance(network, Net) else [network]
+    return torch.optim.Adam(tensors, lr=lr, foreach=False)
+
+
+def descend(optimizer: torch.optim.Adam, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward(inputs=optimizer.param_groups[0]["params"])
+    optimizer.step()
+
+
+def gradients(agent) -> dict[str, list[Tensor]]:
+    """The last update's gradients of each network and free parameter."""
+    found = {}
+    for name, value in vars(agent).items():
+        if isinstance(value, nn.Parameter):
+            found[name] = [value.grad]
+        elif isinstance(value, nn.Module):
+            found[name] = [p.grad for p in value.parameters()]
+    return {name: grads for name, grads in found.items() if any(g is not None for g in grads)}
+
+
+def affected(name: str, before: dict, after: dict, updates: int = 1, **common) -> set[str]:
+    """Networks whose gradient in the last of ``updates`` differs between two configurations."""
+    results = []
+    for settings in (before, after):
+        agent = make(name, **common, **settings)
+        for i in range(updates):
+            agent.update(make_batch(agent, seed=i))
+        results.append(gradients(agent))
+    one, two = results
+    assert one.keys() == two.keys()
+    return {key for key in one if any(not torch.equal(a, b) for a, b in zip(one[key], two[key]))}
+
+
+def moved(agent, batch: Batch) -> set[str]:
+    """Networks and free parameters that one update changes."""
+
+    def parts() -> dict[str, list[Tensor]]:
+        return {
+            name: [p.detach().clone() for p in tensors]
+            for name, value in vars(agent).items()
+            if isinstance(value, (nn.Module, nn.Parameter))
+            for tensors in [[value] if isinstance(value, nn.Parameter) else value.parameters()]
+        }
+
+    before = parts()
+    agent.update(batch)
+    after = parts()
+    return {k for k in before if any(not torch.equal(a, b) for a, b in zip(before[k], after[k]))}
+
+
+# Agents under a cost limit -----------------------------------------------------------------------
+
+
+def costly(agent, seed: int = 0, rows: int = B) -> Batch:
+    return make_batch(agent, seed, rows, costs=True)
+
+
+def bare(dataset: Dataset) -> Dataset:
+    """Without costs."""
+    return Dataset(**dataset._arrays() | {"costs": None}, card=dataset.card)
+
+
+def gradients_by_part(agent) -> dict[str, list[Tensor]]:
+    """The last update's gradients, by network and its first part (or free parameter)."""
+    found: dict[str, list[Tensor]] = {}
+    for name, value in vars(agent).items():
+        if isinstance(value, nn.Parameter):
+            if value.grad is not None:
+                found[name] = [value.grad]
+        elif isinstance(value, nn.Module):
+            for key, parameter in value.named_parameters():
+                if parameter.grad is not None:
+                    found.setdefault(f"{name}.{key.split('.')[0]}", []).append(parameter.grad)
+    return found
+
+
+def differing(one, two) -> set[str]:
+    """Parts whose last gradients differ between two agents."""
+    mine, theirs = gradients_by_part(one), gradients_by_part(two)
+    assert mine.keys() == theirs.keys()
+    return {k for k in mine if any(not torch.equal(a, b) for a, b in zip(mine[k], theirs[k]))}
+
+
+def ends(cls) -> tuple[Batch, Batch]:
+    """For both members, the rows of `walk` that end in a terminal, and those that time out."""
+    dataset = walk()
+    spec = dataset.spec(cls.Config())
+    buffer = ReplayBuffer.from_dataset(dataset, spec, MEMBERS)
+    return tuple(
+        buffer.gather(torch.from_numpy(np.flatnonzero(flags)).expand(len(MEMBERS), -1))
+        for flags in (dataset.terminals, dataset.timeouts)
+    )
+
+
+def walk(episodes: int = 8) -> Dataset:
+    """Random rows in episodes of four steps, which end in a terminal and in a time-out in turn."""
+    rng = np.random.default_rng(0)
+    n = 4 * episodes
+    last = np.arange(n) % 4 == 3
+    odd = np.arange(n) // 4 % 2 == 1
+    return Dataset.from_arrays(
+        rng.normal(size=(n, OBS)), rng.uniform(-1, 1, (n, A)), rng.normal(size=n), last & odd,
+        last & ~odd, rng.normal(size=(n, OBS)), costs=rng.random(n), horizon=4, id="walk",
+        action_low=(-1.0,) * A, action_high=(1.0,) * A,
+    )  # fmt: skip
+
+
+def elsewhere(batch: Batch) -> Batch:
+    """The same transitions with other successors."""
+    return batch._replace(next_observations=batch.next_observations + 1)
+
+
+def toy(episodes: int = 120, reward=lambda a: (a + 1) / 2, low: float = -1.0) -> Dataset:
+    """Ten steps, each paying (a + 1) / 2 and costing relu(a)²; the states say nothing.
+
+    Logged actions are uniform on [low, 1]. The best policy under a limit L is a = √(L / 10) in
+    every step.
+    """
+    rng = np.random.default_rng(0)
+    n = episodes * 10
+    s, a, following = rng.normal(size=(n, 1)), rng.uniform(low, 1, (n, 1)), rng.normal(size=(n, 1))
+    return Dataset.from_arrays(
+        s, a, reward(a[:, 0]), np.zeros(n), np.arange(n) % 10 == 9, following,
+        costs=np.maximum(a[:, 0], 0) ** 2, action_low=(-1.0,), action_high=(1.0,), horizon=10,
+        id="toy",
+    )  # fmt: skip
+
+
+def constant(action: float = 0.8) -> Dataset:
+    """The toy whose logged action is always the same."""
+    dataset = toy(20)
+    actions = np.full_like(dataset.actions, action)
+    return Dataset(**dataset._arrays() | {"actions": actions}, card=dataset.card)
+
+
+def trained(cls, dataset: Dataset, updates: int, members=(5,), **settings):
+    """The agent after a run on a dataset, and the means of its metrics over the last fifth."""
+    config = cls.make_config({"hidden": [24, 24], "batch_size": 64, "reward_scale": 1} | settings)
+    dataset = cls.prepare(dataset, config)
+    spec = dataset.spec(config)
+    agent = cls(spec, config, members)
+    agent.fit(dataset, lambda line: None)
+    buffer = ReplayBuffer.from_dataset(dataset, spec, agent.seeds)
+    buffer.restrict(agent.rows(dataset))
+    engine = Engine(agent, buffer)
+    engine.run(updates - updates // 5)
+    engine.read()
+    engine.run(updates // 5)
+    return agent, engine.read()
+
+
+def actions_of(policy, rows: int = 41) -> Tensor:
+    """What a policy of one observation does over the toy's states, ``[M, rows]``."""
+    states = torch.linspace(-2, 2, rows).view(1, -1, 1).expand(policy.members, -1, -1)
+    return policy(states)[..., 0]
+
+
+# Soft actor-critics ------------------------------------------------------------------------------
+
+
+class PlainSAC:
+    """Soft actor-critic updates of one member, from the equations of agents/sac.py.
+
+    The networks of ``member``, and `update`, under the agent's settings.
+    """
+
+    def __init__(self, agent, member: int):
+        c = self.c = agent.config
+        self.member, self.components = member, agent.spec.action_dim
+        self.actor, self.critics = Net(agent.actor.mlp, member), nets(agent.critic, member)
+        self.scale = []  # m and c of log σ = m f(s) + c
+        if c.scale_log_std:
+            both = agent.actor.multiplier, agent.actor.offset
+            self.scale = [x[member, 0].detach().clone().requires_grad_() for x in both]
+        self.targets = [q.copy() for q in self.critics]
+        self.log_temperature = torch.tensor(math.log(c.initial_temperature), requires_grad=True)
+        self.random = MemberRandom(MEMBERS, stream=1)
+        self.actor_optimizer = self.optimizer(self.actor, *self.scale, lr=c.actor_lr)
+        self.critic_optimizer = self.optimizer(*self.critics, lr=c.critic_lr)
+        self.temperature_optimizer = self.optimizer(self.log_temperature, lr=c.temperature_lr)
+
+    def optimizer(self, *networks, lr: float) -> torch.optim.Optimizer:
+        return adam(*networks, lr=lr)
+
+    def normal(self, rows: int) -> Tensor:
+        return self.random.normal(rows, self.components)[self.member]
+
+    def draw(self, s: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self.actor(s).chunk(2, -1)
+        if self.scale:
+            log_std = self.scale[0] * log_std + self.scale[1]
+        normal = Normal(mean, log_std.clamp(self.c.log_std_min, 2).exp())
+        raw = normal.mean + normal.stddev * noise
+        slope = TanhTransform().log_abs_det_jacobian(raw, raw.tanh())
+        return raw.tanh(), (normal.log_prob(raw) - slope).sum(-1)
+
+    def critic_loss(self, batch) -> Tensor:
+        s, a, r, cost, s2, terminal, _ = batch
+        c, alpha = self.c, self.log_temperature.exp().detach()
+        with torch.no_grad():
+            a2, log_a2 = self.draw(s2, self.normal(len(s)))
+            values = torch.stack([q(s2, a2)[:, 0] for q in self.targets])
+            if c.target_critics:
+                if c.target_replacement:
+                    chosen = self.random.integers(c.critics, c.target_critics)[self.member]
+                else:
+                    order = self.random.uniform(c.critics)[self.member].argsort(descending=True)
+                    chosen = order[: c.target_critics]
+                values = values[chosen]
+            ahead = values.min(0).values
+            if c.entropy_backup:
+                ahead = ahead - alpha * log_a2
+            price = 0 if cost is None else c.cost_penalty * cost
+            y = r - price + c.discount * (1 - terminal) * ahead
+        return sum(((q(s, a)[:, 0] - y) ** 2).mean() for q in self.critics)
+
+    def actor_loss(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the log densities ``[rows]`` without a gradient."""
+        p, log_p = self.draw(s, self.normal(len(s)))
+        values = torch.stack([q(s, p)[:, 0] for q in self.critics])
+        value = values.min(0).values if self.c.actor_value == "min" else values.mean(0)
+        alpha = self.log_temperature.exp().detach()
+        return (alpha * log_p - value).mean(), log_p.detach()
+
+    def improve(self, s: Tensor) -> None:
+        loss, log_p = self.actor_loss(s)
+        descend(self.actor_optimizer, loss)
+        target = self.c.target_entropy * self.components
+        descend(self.temperature_optimizer, -self.log_temperature * (log_p + target).mean())
+
+    def follow(self) -> None:
+        for target, critic in zip(self.targets, self.critics):
+            target.follow(critic, self.c.tau)
+
+    def update(self, batch) -> None:
+        c, whole = self.c, member_of(batch, self.member)
+        for k in range(c.inner_steps):
+            part = whole
+            if c.fresh_batches:
+                rows = slice(k * c.batch_size, (k + 1) * c.batch_size)
+                part = whole.map(lambda field, rows=rows: field[rows])
+            descend(self.critic_optimizer, self.critic_loss(part))
+            if c.actor_steps == "each" or k == c.inner_steps - 1:
+                self.improve((whole if c.actor_steps == "all" else part).observations)
+            self.follow()
+
+    def assert_is(self, agent) -> None:
+        m = self.member
+        self.actor.assert_is(agent.actor.mlp, m)
+        if self.scale:
+            torch.testing.assert_close(agent.actor.multiplier[m, 0], self.scale[0])
+            torch.testing.assert_close(agent.actor.offset[m, 0], self.scale[1])
+        torch.testing.assert_close(agent.log_temperature[m], self.log_temperature)
+        for e, (critic, target) in enumerate(zip(self.critics, self.targets)):
+            critic.assert_is(agent.critic.mlp, m, e)
+            target.assert_is(agent.critic_target.mlp, m, e)
+
+
+# What agents are timed against -------------------------------------------------------------------
 
 
 class Buffer:

@@ -11,7 +11,7 @@ from torch import Tensor
 from saferl.errors import SaferlError
 from saferl.rng import MemberRandom
 
-from .reference import (
+from .plain import (
     MEMBERS,
     A,
     B,
@@ -19,16 +19,13 @@ from .reference import (
     adam,
     affected,
     descend,
-    float64,
     gradients,
     make_batch,
     member_of,
     moved,
     nets,
 )
-from .reference import make as make_any
-
-__all__ = ["float64"]
+from .plain import make as make_any
 
 SMALL = {"critic_hidden": [8, 8], "value_hidden": [8, 8], "vae_hidden": [9, 9]}
 RATES = {"actor_lr": 1e-2, "critic_lr": 2e-2, "value_lr": 3e-2, "vae_lr": 4e-2, "tau": 0.1}

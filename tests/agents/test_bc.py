@@ -11,9 +11,7 @@ from saferl.data import Dataset
 from saferl.errors import SaferlError
 from saferl.registry import agent_class
 
-from .reference import MEMBERS, Net, adam, descend, float64, make, make_batch, member_of
-
-__all__ = ["float64"]
+from .plain import MEMBERS, Net, adam, descend, make, make_batch, member_of
 
 
 @pytest.mark.parametrize("member", range(len(MEMBERS)))

@@ -13,7 +13,7 @@ from saferl.data import Dataset
 from saferl.errors import SaferlError
 from saferl.replay import ReplayBuffer
 
-from .limited import actions_of, bare, constant, make, trained
+from .plain import actions_of, bare, constant, make, trained
 
 
 def logged(costs=(0.0, 2.0, 4.0, 8.0), length: int = 10, copies: int = 5) -> Dataset:

@@ -13,22 +13,27 @@ from saferl.errors import SaferlError
 from saferl.rng import MemberRandom
 from saferl.safety.limits import convert
 
-from .limited import (
+from .plain import (
+    MEMBERS,
+    A,
+    B,
+    Net,
     T,
     actions_of,
+    adam,
     bare,
     constant,
     costly,
+    descend,
     differing,
     elsewhere,
     ends,
+    member_of,
+    nets,
     toy,
     trained,
 )
-from .limited import make as make_any
-from .reference import MEMBERS, A, B, Net, adam, descend, float64, member_of, nets
-
-__all__ = ["float64"]
+from .plain import make as make_any
 
 Z, K = 2 * A, 3
 RATES = {"actor_lr": 1e-2, "critic_lr": 2e-2, "vae_lr": 3e-2, "tau": 0.1}

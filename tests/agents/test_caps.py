@@ -15,22 +15,28 @@ from saferl.rng import MemberRandom
 from saferl.safety.limits import convert
 from saferl.spec import Spec
 
-from .limited import (
+from .plain import (
+    MEMBERS,
+    OBS,
+    A,
+    B,
+    Net,
     T,
     actions_of,
+    adam,
     bare,
     constant,
     costly,
+    descend,
     differing,
     elsewhere,
     ends,
+    member_of,
+    nets,
     toy,
     trained,
 )
-from .limited import make as make_any
-from .reference import MEMBERS, OBS, A, B, Net, adam, descend, float64, member_of, nets
-
-__all__ = ["float64"]
+from .plain import make as make_any
 
 RATES = {"actor_lr": 1e-2, "critic_lr": 2e-2, "value_lr": 3e-2, "tau": 0.1}
 

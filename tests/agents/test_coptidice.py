@@ -14,23 +14,28 @@ from saferl.errors import SaferlError
 from saferl.nn import MLP
 from saferl.rng import MemberRandom
 
-from .limited import (
+from .plain import (
+    MEMBERS,
+    OBS,
+    A,
+    B,
+    Net,
     T,
     actions_of,
+    adam,
     bare,
     constant,
     costly,
+    descend,
     differing,
     elsewhere,
     ends,
+    member_of,
     toy,
     trained,
     walk,
 )
-from .limited import make as make_any
-from .reference import MEMBERS, OBS, A, B, Net, adam, descend, float64, member_of
-
-__all__ = ["float64"]
+from .plain import make as make_any
 
 
 def silent(line: str) -> None:

@@ -18,7 +18,7 @@ from saferl.rng import MemberRandom
 from saferl.spec import Spec
 from saferl.training.engine import Engine
 
-from .reference import (
+from .plain import (
     MEMBERS,
     OBS,
     A,
@@ -26,15 +26,12 @@ from .reference import (
     Net,
     adam,
     descend,
-    float64,
     gradients,
     make_batch,
     member_of,
     moved,
     nets,
 )
-
-__all__ = ["float64"]
 
 T = 20
 SMALL = {"hidden": [8, 8], "critic_hidden": [8, 8], "value_hidden": [8, 8], "vae_hidden": [9, 9]}

@@ -14,21 +14,26 @@ from saferl.data import Dataset
 from saferl.errors import SaferlError
 from saferl.rng import MemberRandom
 
-from .limited import (
+from .plain import (
+    MEMBERS,
+    A,
+    B,
+    Net,
     T,
+    adam,
     bare,
     costly,
+    descend,
     differing,
     elsewhere,
     ends,
-    gradients,
+    gradients_by_part,
+    member_of,
+    nets,
     toy,
     trained,
 )
-from .limited import make as make_any
-from .reference import MEMBERS, A, B, Net, adam, descend, float64, member_of, nets
-
-__all__ = ["float64"]
+from .plain import make as make_any
 
 Z, N = 2 * A, 3
 RATES = {"actor_lr": 1e-2, "critic_lr": 2e-2, "vae_lr": 3e-2, "tau": 0.1}
@@ -207,7 +212,7 @@ def test_an_update_without_a_safe_action_leaves_the_policy():
     with torch.no_grad():
         agent.cost_critic.online.mlp.biases[-1] += 50
     assert not agent.update(costly(agent))["safe_share"].any()
-    assert not any(g.any() for g in gradients(agent)["actor.mlp"])
+    assert not any(g.any() for g in gradients_by_part(agent)["actor.mlp"])
 
 
 def test_only_terminals_end_the_looking_ahead():

@@ -14,7 +14,7 @@ from saferl.replay import Batch
 from saferl.rng import MemberRandom
 from saferl.spec import Spec
 
-from .reference import (
+from .plain import (
     MEMBERS,
     A,
     B,
@@ -22,7 +22,6 @@ from .reference import (
     adam,
     affected,
     descend,
-    float64,
     gradients,
     make,
     make_batch,
@@ -30,8 +29,6 @@ from .reference import (
     moved,
     nets,
 )
-
-__all__ = ["float64"]
 
 N = 3
 SMALL = {"critic_hidden": [8, 8], "samples": N}

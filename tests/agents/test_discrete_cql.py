@@ -11,22 +11,8 @@ from saferl.agents.discrete_cql import DiscreteCQL, balanced, without_repeats
 from saferl.data import Dataset
 from saferl.errors import SaferlError
 
-from .reference import (
-    MEMBERS,
-    Net,
-    adam,
-    affected,
-    descend,
-    float64,
-    make,
-    make_batch,
-    member_of,
-    moved,
-    nets,
-)
+from .plain import MEMBERS, Net, adam, affected, descend, make, make_batch, member_of, moved, nets
 from .test_ogsrl import logged, quiet
-
-__all__ = ["float64"]
 
 ACTIONS = 4
 

@@ -16,9 +16,7 @@ from saferl.rng import MemberRandom
 from saferl.spec import Spec
 
 from . import reference
-from .reference import MEMBERS, A, B, Net, adam, descend, float64, member_of, moved
-
-__all__ = ["float64"]
+from .plain import MEMBERS, A, B, Net, adam, descend, member_of, moved
 
 IMAGE = (3, 12, 13)
 SMALL = {"hidden": [8], "channels": [3, 4], "strides": [2, 1], "features": 5}

@@ -21,13 +21,10 @@ from saferl.runs.folder import RunFolder
 from saferl.training.online import OnlineEngine
 from tests.conftest import PointEnv
 
-from .reference import MEMBERS, B, float64, make, make_batch, member_of
-from .soft import Plain
+from .plain import MEMBERS, B, PlainSAC, make, make_batch, member_of
 from .test_cql import RATES as CQL_RATES
 from .test_cql import SMALL, Reference
 from .test_moorl import SPEC
-
-__all__ = ["float64"]
 
 RATES = {"actor_lr": 1e-2, "critic_lr": 2e-2, "temperature_lr": 3e-2, "tau": 0.1,
          "batch_size": B}  # fmt: skip
@@ -41,7 +38,7 @@ RATES = {"actor_lr": 1e-2, "critic_lr": 2e-2, "temperature_lr": 3e-2, "tau": 0.1
 def test_updates_are_the_reference(float64, member, name, settings):
     """With the agent's own switches, K smaller."""
     agent = make(name, **RATES | settings, inner_steps=3, critics=4)
-    plain = Plain(agent, member)
+    plain = PlainSAC(agent, member)
     for step in range(2):
         batch = make_batch(agent, step, agent.batch_rows)
         agent.update(batch)

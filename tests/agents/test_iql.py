@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from .reference import (
+from .plain import (
     MEMBERS,
     A,
     B,
@@ -16,15 +16,12 @@ from .reference import (
     adam,
     affected,
     descend,
-    float64,
     make,
     make_batch,
     member_of,
     moved,
     nets,
 )
-
-__all__ = ["float64"]
 
 SETTINGS = {"actor_lr": 1e-2, "critic_lr": 2e-2, "value_lr": 3e-2, "tau": 0.1, "expectile": 0.8}
 

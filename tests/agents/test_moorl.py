@@ -24,10 +24,7 @@ from tests.conftest import PointEnv, point_dataset
 from tests.training.test_online import Cliff
 
 from . import limited
-from .reference import MEMBERS, B, adam, float64, make, make_batch, member_of
-from .soft import Plain
-
-__all__ = ["float64"]
+from .plain import MEMBERS, B, PlainSAC, adam, make, make_batch, member_of
 
 RATES = {"actor_lr": 1e-2, "critic_lr": 2e-2, "temperature_lr": 3e-2, "tau": 0.1,
          "initial_temperature": 0.5, "batch_size": B, "inner_steps": 3}  # fmt: skip
@@ -35,7 +32,7 @@ SPEC = Spec(2, 1, action_low=(-2.0,), action_high=(2.0,), horizon=20)
 SMALL = {"hidden": [8], "batch_size": 8, "random_steps": 5, "inner_steps": 3}
 
 
-class PlainMOORL(Plain):
+class PlainMOORL(PlainSAC):
     """Algorithm 1's outer iteration, line by line."""
 
     def optimizer(self, *networks, lr):

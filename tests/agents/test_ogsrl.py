@@ -14,9 +14,7 @@ from saferl.data import Dataset
 from saferl.rng import MemberRandom
 from saferl.safety.guardians.fitting import split
 
-from .reference import MEMBERS, Net, adam, descend, float64, nets
-
-__all__ = ["float64"]
+from .plain import MEMBERS, Net, adam, descend, nets
 
 OBS, LENGTH = 3, 4
 SMALL = {"hidden": [4], "episodes": 6, "horizon": 3, "guardian_options": "neighbours=2",
@@ -186,7 +184,7 @@ def check_cpo(
         cost_discount=gamma_c, damping=damping, cg_iterations=120, critic_lr=1e-2, **settings,
     )  # fmt: skip
     # Networks are asked about all states where the steps played are more than those.
-    assert (agent._rows(torch.zeros(2, 1).long(), None).index is None) == (not states)
+    assert (agent._rows(torch.zeros(2, 1).long(), None).places is None) == (not states)
     reference = Reference(agent, member, (gamma, gamma, gamma_c), 0.95)
     j_ood, j_cost = reference.totals[1:]
     unit = sum(gamma_c**t for t in range(LENGTH)) / LENGTH

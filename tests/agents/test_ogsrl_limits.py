@@ -16,7 +16,7 @@ from saferl.data import Dataset
 from saferl.errors import SaferlError
 from saferl.safety.guardians.fitting import split
 
-from .reference import MEMBERS
+from .plain import MEMBERS
 from .test_ogsrl import LENGTH, SMALL, logged, make, quiet
 
 # What reaches what -------------------------------------------------------------------------------

@@ -19,10 +19,8 @@ from saferl.replay.frames import OnlineFrameBuffer
 from saferl.rng import MemberRandom
 from saferl.spec import Spec
 
-from .reference import MEMBERS, A, B, adam, descend, float64, member_of
+from .plain import MEMBERS, A, B, adam, descend, member_of
 from .test_drq_bc import IMAGE, SMALL, Convolutions, Headed, make_batch, pixels, shift
-
-__all__ = ["float64"]
 
 SPEC = Spec(int(np.prod(IMAGE)), A, False, (-1.0,) * A, (1.0,) * A, image=IMAGE)
 RATES = {"actor_lr": 1e-2, "critic_lr": 2e-2, "temperature_lr": 3e-2, "tau": 0.1, "pad": 2}

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from saferl.rng import MemberRandom
 
 from . import plain
-from .reference import A, B, float64, make, make_batch, member_of
-
-__all__ = ["float64"]
+from .plain import A, B, make, make_batch, member_of
 
 SMALL = {
     "a2pr": {"critic_hidden": [8, 8], "value_hidden": [8, 8], "vae_hidden": [9, 9]},

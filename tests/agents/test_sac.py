@@ -10,10 +10,7 @@ from saferl.errors import SaferlError
 from saferl.registry import agent_class
 
 from . import limited
-from .reference import MEMBERS, B, float64, gradients, make, make_batch, moved
-from .soft import Plain
-
-__all__ = ["float64"]
+from .plain import MEMBERS, B, PlainSAC, gradients, make, make_batch, moved
 
 RATES = {"actor_lr": 1e-2, "critic_lr": 2e-2, "temperature_lr": 3e-2, "tau": 0.1,
          "initial_temperature": 0.5, "batch_size": B}  # fmt: skip
@@ -41,7 +38,7 @@ THREE = {"inner_steps": 3}
 )
 def test_updates_are_the_reference(float64, member, settings):
     agent = make("sac", **RATES | settings)
-    plain = Plain(agent, member)
+    plain = PlainSAC(agent, member)
     for step in range(3):
         batch = make_batch(agent, step, agent.batch_rows, costs=True)
         agent.update(batch)

@@ -7,7 +7,7 @@ import torch
 
 from saferl.rng import MemberRandom
 
-from .reference import (
+from .plain import (
     MEMBERS,
     A,
     B,
@@ -15,15 +15,12 @@ from .reference import (
     adam,
     affected,
     descend,
-    float64,
     make,
     make_batch,
     member_of,
     moved,
     nets,
 )
-
-__all__ = ["float64"]
 
 SETTINGS = {"actor_lr": 1e-2, "critic_lr": 2e-2, "tau": 0.1, "alpha": 1.7, "policy_noise": 0.4}
 

@@ -10,7 +10,7 @@ from saferl.nn import compute_in
 from saferl.rng import MemberRandom
 from saferl.training import engine as engines
 from saferl.training.engine import Engine, check_precision, pick_engine
-from tests.agents.reference import make
+from tests.agents.plain import make
 from tests.conformance.test_agents import Setup, agent_class
 
 CPU = torch.device("cpu")
