@@ -389,7 +389,7 @@ class Part:
         self.recorded = fx.GraphModule(nn.Module(), graph)
         halves = {torch.bfloat16, torch.float16}
         self.coarse = any(t.dtype in halves for call in calls for t in (*call.taken, *call.given))
-        self.function = inductor(copy.deepcopy(self.recorded), list(inputs.values()))
+        self.function = inductor(self.recorded, list(inputs.values()))
 
     def __call__(self, values: dict[int, Tensor], check: bool = False) -> None:
         inputs = [values[key] for key in self.inputs]
@@ -490,7 +490,8 @@ def inductor(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequ
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the compiler's own imports
         try:
-            return torch._inductor.compile(module, list[Any](inputs))
+            # Of a copy, as the compiler changes what it is given.
+            return torch._inductor.compile(copy.deepcopy(module), list[Any](inputs))
         except TorchDynamoException as error:
             line = str(error).strip().splitlines()[0][:200]
             raise SaferlError(
