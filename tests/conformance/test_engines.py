@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from saferl.agents.ogsrl import agent as ogsrl_agent
 from saferl.agents.ogsrl import simulate
 from saferl.agents.shared import ood_table
 from saferl.agents.shared.agent import Agent
@@ -71,7 +72,7 @@ def test_recorded_operations_are_the_update_to_the_bit(cls, monkeypatch):
 SHORT = {"ensemble": "steps=5 size=2", "vae": "steps=5"}
 MODEL_OPTIONS = {"ensemble": "epochs=2 ensemble=2 hidden=8,8", "knn": "k=3"}
 ASKED = [{"guardian": name} for name in (*GUARDIANS, *PRESETS)]
-PLAYED = [{"model": name} for name in MODELS] + [{"cost_limit": 0.2, "margin_models": 2}]
+PLAYED = [{"model": name} for name in MODELS] + [{"cost_limit": 0.2, "margin_models": 1}]
 GUARDED = [("discrete_cql", settings) for settings in ASKED]
 GUARDED += [(name, settings) for name in LINE_SEARCH for settings in ASKED + PLAYED]
 GUARDED += [("discrete_ogsrl", {"ood_mode": "mask", "optimiser": "trpo"})]
@@ -106,7 +107,8 @@ def guarded(name: str, settings: dict, kind: str, monkeypatch) -> Engine:
     cls, found = agent_class(name), {"guardian": "knn"} | settings
     found["guardian_options"] = SHORT.get(found["guardian"], "")
     if name in LINE_SEARCH:
-        found |= {"horizon": 3, "episodes": 8, "calibration": 0.4, "critic_updates": 2}
+        found |= {"horizon": 3, "episodes": 8, "critic_updates": 2, "cg_iterations": 2}
+        monkeypatch.setattr(ogsrl_agent, "TRIES", 3)
         found["model_options"] = MODEL_OPTIONS.get(found.get("model", "knn"), "")
     config = make_config(cls, **found)
     dataset = cls.prepare(many_rows(cls, found.get("model") == "tabular"), config)
