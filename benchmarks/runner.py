@@ -12,6 +12,7 @@ import contextlib
 import csv
 import dataclasses
 import multiprocessing
+import shutil
 import sys
 import tempfile
 import time
@@ -74,23 +75,42 @@ class Finished:
 
 
 @contextlib.contextmanager
-def trained(key: Key, data: Any, *, steps: int, **options: Any) -> Iterator[Finished]:
+def trained(
+    key: Key, data: Any, *, steps: int, folder: Path | None = None, **options: Any
+) -> Iterator[Finished]:
     """All members of a key in one run, on the engine that saferl takes by itself.
 
     Args:
         key: has ``agent`` and ``settings``, and may have ``members`` and ``seed``.
+        folder: keep the run there; one that was interrupted goes on at its last checkpoint. None:
+            a temporary one.
         options: of `saferl.train`.
     """
     import saferl
 
     start, processor = time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        run = saferl.train(
-            key["agent"], data, steps=steps, members=key.get("members", 1),
-            seed=key.get("seed", 0), settings=key["settings"], out=Path(folder) / "run",
-            progress=False, **options,
-        )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        if _begun(folder):
+            run = saferl.resume(folder, dataset=data, device=options.get("device", "auto"),
+                                progress=False)  # fmt: skip
+        else:
+            run = saferl.train(
+                key["agent"], data, steps=steps, members=key.get("members", 1),
+                seed=key.get("seed", 0), settings=key["settings"], out=folder, progress=False,
+                **options,
+            )  # fmt: skip
         yield Finished(run, time.perf_counter() - start, time.process_time() - processor)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run can go on there; what is left of one that cannot is removed."""
+    from saferl.runs.folder import RunFolder
+
+    if folder.exists() and not RunFolder(folder).steps():
+        shutil.rmtree(folder)
+    return folder.exists()
 
 
 def play(policy: Any, env: Any, episodes: int, digits: int = 2) -> dict[str, Any]:
@@ -159,8 +179,11 @@ def train_all(
         if isinstance(result, BaseException):
             failed += 1
             text = f"FAILED, {result}"
+            store.content.setdefault("failed", {})[study.label(key)] = str(result)
+            store.save()
         else:
             facts, record = result
+            store.content.get("failed", {}).pop(study.label(key), None)
             store.add(key["dataset"], facts, [] if record is None else [record])
             text = "done before" if record is None else study.told(record)
         print(f"{now()} {study.label(key)}: {text}", file=sys.stderr, flush=True)

@@ -19,7 +19,14 @@ from typing import Any
 from benchmarks.workers import ROOT, versions
 
 RESULTS = ROOT / "benchmarks" / "results"
-PATHS = ("--peer-python", "--a2pr", "--corl", "--out", "--data")  # they name this machine's folders
+PATHS = (
+    "--peer-python",
+    "--a2pr",
+    "--corl",
+    "--out",
+    "--data",
+    "--runs",
+)  # they name this machine's folders
 WITHDRAWN = "withdrawn: measured with an engine that mis-trained OGSRL; to be measured again"
 Key = dict[str, Any]
 Record = dict[str, Any]

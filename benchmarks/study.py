@@ -180,6 +180,10 @@ class Trained(Study):
         """Markdown of the records, plots beside the store; summaries may go into the store."""
         raise NotImplementedError
 
+    def nothing(self, store: Store, entries: list[dict[str, Any]]) -> str:
+        """What is said where no training is there."""
+        return NOTHING
+
     def run(self, arguments: list[str] | None = None) -> int:
         from benchmarks import runner
 
@@ -190,10 +194,10 @@ class Trained(Study):
             self.note(store, options)
             failed = runner.train_all(self, keys, store, options)
         entries = store.entries(keys, options.report)
-        text = NOTHING
+        text = self.nothing(store, entries)
         if any(entry["run"] for entry in entries):
             text = self.results(store, entries, store.path)
-        if text != NOTHING:
+        if not text.startswith(NOTHING):
             store.path.with_suffix(".md").write_text(text)
             if not options.report:  # which may look at the file of a run that is still writing it
                 store.content["date"] = now()

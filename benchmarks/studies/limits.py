@@ -179,19 +179,12 @@ def rows_of(key: Key, agent: Any, env: str, episodes: int) -> Iterator[tuple[str
     from saferl.safety import Shield
 
     def run(policy: Any) -> dict[str, Any]:
-        played = play(policy, env, episodes, digits=1)
-        return played | {"costs": played["costs"] or np.zeros_like(played["returns"]).tolist()}
+        return with_costs(play(policy, env, episodes, digits=1))
 
     def each(policy_of: Callable[[int], Any]) -> dict[str, Any]:
         """Policies of one member, seed by seed."""
         parts = [run(policy_of(seed)) for seed in range(seeds)]
         return {name: [row for part in parts for row in part[name]] for name in parts[0]}
-
-    def by_limit(played: dict[str, Any], first: int = 0) -> Played:
-        """Members from number ``first`` on go limit by limit, within one by seed."""
-        starts = [first + i * seeds for i in range(len(LIMITS))]
-        return {f"{limit:g}": {k: v[start : start + seeds] for k, v in played.items()}
-                for limit, start in zip(LIMITS, starts)}  # fmt: skip
 
     def at_limits(policies: Callable[[float], Any], each_of: Callable = run) -> Played:
         return {f"{limit:g}": each_of(policies(limit)) for limit in LIMITS}
@@ -208,8 +201,8 @@ def rows_of(key: Key, agent: Any, env: str, episodes: int) -> Iterator[tuple[str
         yield "caps_tracked", spent
     elif training == "bc_safe":
         played, best = run(policy), len(LIMITS) * seeds
-        yield training, by_limit(played)
-        yield "bc_safe_best", by_limit(played, best)
+        yield training, by_limit(played, LIMITS, seeds)
+        yield "bc_safe_best", by_limit(played, LIMITS, seeds, best)
 
         def guarded(limit: float, seed: int) -> Any:
             number = LIMITS.index(limit) * seeds + seed
@@ -219,9 +212,21 @@ def rows_of(key: Key, agent: Any, env: str, episodes: int) -> Iterator[tuple[str
         shielded = at_limits(lambda limit: functools.partial(guarded, limit), each)
         yield "bc_safe_best_shield", shielded
     elif "cost_limit" in key["settings"]:
-        yield training, by_limit(run(policy))
+        yield training, by_limit(run(policy), LIMITS, seeds)
     else:
         yield training, {"any": run(policy)}
+
+
+def with_costs(played: dict[str, Any]) -> dict[str, Any]:
+    """Of an environment without costs they are 0."""
+    return played | {"costs": played["costs"] or np.zeros_like(played["returns"]).tolist()}
+
+
+def by_limit(played: dict[str, Any], limits: Sequence[float], seeds: int, first: int = 0) -> Played:
+    """Members from number ``first`` on go limit by limit, within one by seed."""
+    starts = [first + i * seeds for i in range(len(limits))]
+    return {f"{limit:g}": {k: v[start : start + seeds] for k, v in played.items()}
+            for limit, start in zip(limits, starts)}  # fmt: skip
 
 
 # Summaries ---------------------------------------------------------------------------------------

@@ -59,6 +59,8 @@ def test_run_resume_and_report(tmp_path, sensitive, monkeypatch, capsys):
     for name in ("comparison.png", "comparison_curves.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
+    monkeypatch.setattr("benchmarks.report.plot", lambda *_, **__: None)  # once is enough
+
     # What is there is not trained again; what is asked for besides is.
     trained = []
     work = runner.work

@@ -22,7 +22,7 @@ def run(monkeypatch):
     )
 
     def call(out: Path, *extra: str) -> dict:
-        arguments = ["--members", "2", "--episodes", "200", "--played", "16", "--clone", "5",
+        arguments = ["--members", "2", "--episodes", "60", "--played", "16", "--clone", "5",
                      "--doses", "without", "--methods", "BC", "MB-TRPO", "GMB-CPO"]  # fmt: skip
         arguments += ["--iterations", "5", "--out", str(out), *extra]
         assert benchmark.STUDY.run(arguments) == 0

@@ -15,7 +15,7 @@ from benchmarks.studies import online_tasks as tasks
 from saferl.registry import agent_class
 from saferl.spec import Spec
 
-TINY = ["--size", "1500", "--members", "2", "--episodes", "1", "--hidden", "8"]
+TINY = ["--size", "600", "--members", "2", "--episodes", "1", "--hidden", "8"]
 
 
 @pytest.fixture
@@ -53,6 +53,8 @@ def test_run_resume_and_report(tmp_path, short, monkeypatch, capsys):
     assert "Scores come from generated data" in text and "Not trained" not in text
     assert "SAC 50/50 + LayerNorm, guard, limit 40" in text and "within 40" in text
     assert (tmp_path / "online.png").read_bytes()[:4] == b"\x89PNG"
+
+    monkeypatch.setattr("benchmarks.report.plot", lambda *_, **__: None)  # once is enough
 
     # What is there is not trained again, and a report names what is missing.
     monkeypatch.setattr(online, "probe_values", None)

@@ -13,6 +13,7 @@ pytest.importorskip("dm_control")
 from benchmarks.studies import pixels
 
 
+@pytest.mark.slow
 def test_run_resume_and_report(tmp_path, monkeypatch, capsys):
     task = dataclasses.replace(
         pixels.TASKS["walker"], repeat=100, filmed=2, episodes=1, random_steps=99,
