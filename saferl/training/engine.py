@@ -154,7 +154,7 @@ class Engine:
     def _block(self, size: int) -> None:
         """``size`` updates: eagerly when their sequence comes first, then recorded and replayed."""
         agent = self.agent
-        key = tuple(agent.pattern(agent.updates + i) for i in range(1, size + 1))
+        key = tuple(agent.update_key(agent.updates + i) for i in range(1, size + 1))
         if key in self._seen and key not in self._graphs and len(self._graphs) < MAX_GRAPHS:
             self._graphs[key] = Recorded(self, size)
         if key in self._graphs:
@@ -221,6 +221,6 @@ class Recorded:
         agent, counts = self.engine.agent, self.engine._counts
         self.graph.replay()
         agent.updates += self.size
-        agent.now = agent.pattern(agent.updates)
+        agent.key = agent.update_key(agent.updates)
         for name, n in self.counts.items():
             counts[name] += n
