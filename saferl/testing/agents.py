@@ -39,6 +39,7 @@ SMALL: dict[str, Any] = {
 }
 SMALL |= {"samples": 2, "batch_size": 16, "inner_steps": 2, "random_steps": 1, "start_steps": 0}
 SMALL |= {"channels": [4, 4], "strides": [2, 1], "features": 6}
+SMALL |= {"episodes": 8, "horizon": 6, "critic_updates": 2, "cg_iterations": 3, "clone_updates": 2}
 # Per-member fields that no update sees.
 OF_THE_RUN = {"exploration_budget", "offline_share"}
 # Settings without which a field has no effect.
