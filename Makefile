@@ -23,11 +23,11 @@ test-slow: .venv/installed
 	.venv/bin/pytest -m slow
 
 bench: .venv/installed
-	.venv/bin/python benchmarks/throughput.py
-	.venv/bin/python benchmarks/scores.py
+	.venv/bin/python -m benchmarks speed
+	.venv/bin/python -m benchmarks scores
 
 bench-gpu: .venv/installed
-	.venv/bin/python benchmarks/throughput.py --device cuda
+	.venv/bin/python -m benchmarks speed --device cuda
 
 lint: .venv/installed
 	.venv/bin/ruff check .

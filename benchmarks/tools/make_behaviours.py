@@ -1,6 +1,6 @@
 """Train the behaviour policies of the bundled datasets: SAC at several cost penalties.
 
-    python benchmarks/make_behaviours.py hopper --steps 300000 --out behaviours/
+    python -m benchmarks.tools.make_behaviours hopper --steps 300000 --out behaviours/
 
 One run trains one member per penalty (the member axis) on ``saferl/<Robot>Velocity-v0`` and saves
 the actors of all members every ``--every`` steps to ``<out>/<robot>-<step>.safetensors`` (stacked

@@ -1,6 +1,6 @@
 """Measure the snapshots of `make_behaviours.py` and pack those that the bundled datasets use.
 
-    python benchmarks/pack_behaviours.py behaviours/ hopper halfcheetah walker2d
+    python -m benchmarks.tools.pack_behaviours behaviours/ hopper halfcheetah walker2d
 
 The folder may hold several trainings of a robot, each in a folder of its own.
 
@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from saferl.envs import bundled
 from saferl.evaluation import collect_transitions
 
-COMMAND = "python benchmarks/make_behaviours.py {robot} --penalties {penalties} --seed {seed}"
+COMMAND = "python -m benchmarks.tools.make_behaviours {robot} --penalties {penalties} --seed {seed}"
 MEDIUM = 0.4  # of the expert's return
 RANDOM_SHARE = 0.05
 
@@ -69,7 +69,7 @@ def measure(robot: str, index: int, episodes: int) -> dict[str, float]:
     returns, costs, lengths, seed = [], [], [], 0
     while len(returns) < episodes:
         data = collect_transitions(
-            bundled.Behaviour(robot, index), env_id, 1, seed=seed, stochastic=True, slots=1
+            bundled.Behaviour(robot, index), env_id, 1, seed=seed, stochastic=True, envs=1
         )
         returns.append(data["rewards"].sum())
         costs.append(data["costs"].sum())
@@ -135,7 +135,7 @@ def main() -> None:
         share = (1 - RANDOM_SHARE) / len(chosen)
         mixed = [{"policy": stack.index(i), "share": round(share, 6)} for i in chosen]
         manifest["robots"][robot] = {
-            "command": "; ".join([*commands, "python benchmarks/pack_behaviours.py …"]),
+            "command": "; ".join([*commands, "python -m benchmarks.tools.pack_behaviours …"]),
             "policies": [{"index": k} | facts[i] for k, i in enumerate(stack)],
             "levels": {
                 "medium": [{"policy": stack.index(medium), "share": 1.0}],
