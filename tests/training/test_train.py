@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import saferl
+from saferl.cli import main
 from saferl.data import save_dataset
 from saferl.errors import SaferlError
 from saferl.registry import agent_class
@@ -80,14 +81,16 @@ def test_training_is_reproducible_and_loads_back(point, tmp_path):
 def test_resumed_equals_unbroken_after_kill_9(point, tmp_path, agent):
     data = tmp_path / "point.npz"
     save_dataset(point, data)
-    command = [sys.executable, "-m", "saferl.cli", "train", agent, "--dataset", str(data),
-               "--env", ENV, "--steps", "300", "--members", "2", "--set", "hidden=8",
-               "--set", "batch_size=16", "--eval-episodes", "2", "--device", "cpu",
-               "--threads", "1", "--log-interval", "7", "--checkpoint-interval", "40"]  # fmt: skip
+    command = ["train", agent, "--dataset", str(data), "--env", ENV,
+               "--steps", "300", "--members", "2", "--set", "hidden=8", "--set", "batch_size=16",
+               "--eval-episodes", "2", "--device", "cpu", "--threads", "1",
+               "--log-interval", "7", "--checkpoint-interval", "40"]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*command, "--out", str(whole)], check=True, cwd=ROOT, capture_output=True)
-    process = subprocess.Popen([*command, "--out", str(broken)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    assert main([*command, "--out", str(whole)]) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "saferl.cli", *command, "--out", str(broken)],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     folder, deadline = RunFolder(broken), time.monotonic() + 60
     while not (folder.steps() and folder.steps()[-1] >= 80):
         assert process.poll() is None and time.monotonic() < deadline
