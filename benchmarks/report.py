@@ -223,6 +223,6 @@ def plot(
     figure.legend(labels.values(), labels, loc="outside right upper", fontsize=8, frameon=False)
     figure.supxlabel(x, fontsize=9)
     figure.supylabel(y, fontsize=9)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
