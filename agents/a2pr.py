@@ -130,15 +130,15 @@ class A2PR(CostLimited[A2PRConfig]):
             )
             next_actions = (self.actor_target(batch.next_observations) + noise).clamp_(-1, 1)
             next_q = self.critic_target(batch.next_observations, next_actions).amin(1)
-            ahead = self.scalar("discount") * (1 - batch.terminals)
-            target = batch.rewards + ahead * next_q
+            discount = self.scalar("discount") * (1 - batch.terminals)
+            target = batch.rewards + discount * next_q
         q = self.critic(s, a)
         critic_loss = (q - target[:, None]).square().mean(-1).sum(1)
         self.minimise(self.critic_optimizer, critic_loss)
 
         with torch.no_grad():
             next_q = self.critic(batch.next_observations, next_actions).amin(1)
-            value_target = torch.minimum(target, batch.rewards + ahead * next_q)
+            value_target = torch.minimum(target, batch.rewards + discount * next_q)
             data_q = self.critic(s, a, elements=1)[:, 0]
         v = self.value(s)[:, 0]
         value_loss = (v - value_target).square().mean(-1)

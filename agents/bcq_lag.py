@@ -176,19 +176,21 @@ class BCQLag(Limited[BCQLagConfig]):
     @torch.no_grad()
     def backups(self, batch: Batch, costs: Tensor) -> tuple[Tensor, Tensor]:
         """Targets of Q and of Qc, each ``[M, B]``."""
-        c, following = self.config, batch.next_observations
-        rows = following.repeat_interleave(c.samples, 1)
+        c, next_observations = self.config, batch.next_observations
+        rows = next_observations.repeat_interleave(c.samples, 1)
         noise = self._noise(rows).clamp(-PRIOR_CLIP, PRIOR_CLIP)
         proposed = self.actor.vae.decode(rows, noise)
         actions = self.perturbation_target(rows, proposed).unflatten(1, (-1, c.samples))
-        worst = self.critic_target.many(following, actions).unflatten(1, GROUPS).amin(2)
+        worst = self.critic_target.many(next_observations, actions).unflatten(1, GROUPS).amin(2)
         value = c.pessimism * worst.amin(1) + (1 - c.pessimism) * worst.amax(1)
-        worst = self.cost_critic_target.many(following, actions).unflatten(1, GROUPS).amax(2)
+        worst = (
+            self.cost_critic_target.many(next_observations, actions).unflatten(1, GROUPS).amax(2)
+        )
         cost = c.pessimism * worst.amax(1) + (1 - c.pessimism) * worst.amin(1)
-        runs_on = 1 - batch.terminals
+        not_done = 1 - batch.terminals
         return (
-            batch.rewards + self.scalar("discount") * runs_on * value.amax(-1),
-            costs + self.scalar("cost_discount") * runs_on * cost.amax(-1),
+            batch.rewards + self.scalar("discount") * not_done * value.amax(-1),
+            costs + self.scalar("cost_discount") * not_done * cost.amax(-1),
         )
 
     def _noise(self, observations: Tensor) -> Tensor:

@@ -230,11 +230,16 @@ class CAPS(Agent[CAPSConfig]):
     def learn(self, batch: Batch) -> Metrics:
         c = self.config
         s, a, costs = batch.observations, batch.actions, costs_of(batch)
-        runs_on = 1 - batch.terminals
+        not_done = 1 - batch.terminals
         with torch.no_grad():
-            following = batch.next_observations
-            target = batch.rewards + self.scalar("discount") * runs_on * self.value(following)[:, 0]
-            cost_target = costs + c.cost_discount * runs_on * self.cost_value(following)[:, 0]
+            next_observations = batch.next_observations
+            target = (
+                batch.rewards
+                + self.scalar("discount") * not_done * self.value(next_observations)[:, 0]
+            )
+            cost_target = (
+                costs + c.cost_discount * not_done * self.cost_value(next_observations)[:, 0]
+            )
             earned = self.critic_target(s, a).amin(1)
             spent = self.cost_critic_target(s, a).amax(1)
 

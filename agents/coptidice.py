@@ -131,12 +131,12 @@ class COptiDICE(Limited[COptiDICEConfig]):
         mix = self.random.uniform(s.shape[1], 1)
         between = mix * start + (1 - mix) * s
         gamma, alpha = self.scalar("discount"), self.scalar("alpha")
-        ahead = gamma * (1 - batch.terminals)
+        discount = gamma * (1 - batch.terminals)
         price = self.log_lambda.exp().clamp_max(1e3)
         tau = self.log_tau.exp() + 1e-6
 
         e = batch.rewards - price.detach()[:, None] * costs
-        e = e + ahead * self.nu(batch.next_observations)[:, 0] - self.nu(s)[:, 0]
+        e = e + discount * self.nu(batch.next_observations)[:, 0] - self.nu(s)[:, 0]
         y = e / alpha
         below = y.clamp_max(0).exp()
         w = torch.where(y < 0, below, y + 1)
@@ -145,7 +145,7 @@ class COptiDICE(Limited[COptiDICEConfig]):
         nu_loss = (nu_start + w * e - alpha * divergence).mean(-1)
 
         w = w.detach()
-        flow = costs + ahead * self.chi(batch.next_observations)[:, 0] - self.chi(s)[:, 0]
+        flow = costs + discount * self.chi(batch.next_observations)[:, 0] - self.chi(s)[:, 0]
         ell = (1 - gamma) * self.chi(start)[:, 0] + w * flow
         log_u = (ell / tau.detach()[:, None]).log_softmax(-1) + math.log(ell.shape[1])
         u = log_u.exp()

@@ -116,15 +116,15 @@ class CPQ(Limited[CPQConfig]):
         self.minimise(self.vae_optimizer, vae_loss)
 
         with torch.no_grad():
-            following = batch.next_observations
-            next_actions = self.actor.sample(following, self.random)
-            next_q = self.critic_target(following, next_actions).amin(1)
-            next_cost = self.cost_critic.target(following, next_actions).amax(1)
-            runs_on = 1 - batch.terminals
-            target = batch.rewards + self.scalar("discount") * runs_on * next_q * (
+            next_observations = batch.next_observations
+            next_actions = self.actor.sample(next_observations, self.random)
+            next_q = self.critic_target(next_observations, next_actions).amin(1)
+            next_cost = self.cost_critic.target(next_observations, next_actions).amax(1)
+            not_done = 1 - batch.terminals
+            target = batch.rewards + self.scalar("discount") * not_done * next_q * (
                 next_cost <= budget
             )
-            cost_target = costs + self.scalar("cost_discount") * runs_on * next_cost
+            cost_target = costs + self.scalar("cost_discount") * not_done * next_cost
         q = self.critic(s, a)
         critic_loss = (q - target[:, None]).square().mean(-1).sum(1)
         self.minimise(self.critic_optimizer, critic_loss)

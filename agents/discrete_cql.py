@@ -32,7 +32,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ from saferl.runs.settings import parse_options
 from saferl.safety.guardians.fitting import fit_guardian, guardian_for, split
 
 from .shared.agent import Agent, AgentConfig, Metrics
-from .shared.ood_table import Answers
+from .shared.ood_table import OODTable
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,13 @@ class DiscreteCQLConfig(AgentConfig):
 class DiscreteCQL(Agent[DiscreteCQLConfig]):
     Config = DiscreteCQLConfig
     discrete = True
+    renamed_state: ClassVar[dict[str, str]] = {
+        "answers.outside": "ood_table.flagged",
+        "answers": "ood_table",
+    }
     per_member = frozenset({"weight", "discount", "ood_value"})
-    shared = frozenset({"answers."})
-    answers: Any = None  # `Answers` of g; None: there is none
+    shared = frozenset({"ood_table."})
+    ood_table: Any = None  # `OODTable` of g, None without a guardian
 
     @classmethod
     def prepare(cls, dataset: Dataset, config: Any) -> Dataset:
@@ -94,7 +98,7 @@ class DiscreteCQL(Agent[DiscreteCQLConfig]):
         self.midpoints = ((torch.arange(count) + 0.5) / count).to(self.device)
         if c.guardian != "none":
             settings = parse_options(c.guardian_options)
-            self.answers = Answers(guardian_for(c.guardian, self.spec, c.levels, **settings))
+            self.ood_table = OODTable(guardian_for(c.guardian, self.spec, c.levels, **settings))
             mean = self.spec.observation_mean or (0.0,) * o
             std = self.spec.observation_std or (1.0,) * o
             self._mean, self._std = torch.tensor((mean, std), device=self.device)
@@ -102,7 +106,7 @@ class DiscreteCQL(Agent[DiscreteCQLConfig]):
     @property
     def guardian(self) -> Any:
         """g, calibrated once the agent is fitted."""
-        return None if self.answers is None else self.answers.guardian
+        return None if self.ood_table is None else self.ood_table.guardian
 
     def fit(self, dataset: Dataset, say: Callable[[str], None]) -> None:
         """Fit the guardian to the episodes that are trained on, each counted once.
@@ -111,18 +115,18 @@ class DiscreteCQL(Agent[DiscreteCQLConfig]):
             SaferlError: fewer than two different episodes; data that the guardian refuses.
         """
         super().fit(dataset, say)
-        if self.answers is None:
+        if self.ood_table is None:
             return
         c = self.config
         train, held = split(without_repeats(dataset) if c.balance else dataset, c.calibration)
         fit_guardian(self.guardian, train, held, c.alpha, say)
-        self.answers.fill(dataset, self.spec.action_dim, self.spec.observations)
+        self.ood_table.fill(dataset, self.spec.action_dim, self.spec.observations)
 
-    def _outside(self, observations: Tensor, actions: Tensor) -> Tensor:
+    def _is_ood(self, observations: Tensor, actions: Tensor) -> Tensor:
         """g ``[M, B]`` of normalised observations ``[M, B, O]`` and actions ``[M, B]``."""
-        if self.answers.outside is None:  # the guardian itself is asked, of raw ones
+        if self.ood_table.flagged is None:  # no table: the guardian reads raw observations
             observations = observations * self._std + self._mean
-        return self.answers.ood(observations, actions)
+        return self.ood_table.ood(observations, actions)
 
     @staticmethod
     def _taken(distribution: Tensor, actions: Tensor) -> Tensor:
@@ -137,16 +141,16 @@ class DiscreteCQL(Agent[DiscreteCQLConfig]):
     def learn(self, batch: Batch) -> Metrics:
         c = self.config
         with torch.no_grad():
-            ahead = self.critic_target.distribution(batch.next_observations)
+            next_q = self.critic_target.distribution(batch.next_observations)
             chooser = self.actor if c.double else self.critic_target
             best = chooser.mode(batch.next_observations)
-            following = self._taken(ahead, best)
-            if self.answers is not None:
-                outside = self._outside(batch.next_observations, best)
+            next_taken = self._taken(next_q, best)
+            if self.ood_table is not None:
+                ood = self._is_ood(batch.next_observations, best)
                 refused = self.scalar("ood_value", axes=3)
-                following = torch.where(outside[:, None, :, None] > 0, refused, following)
-            kept = (self.scalar("discount") * (1 - batch.terminals))[:, None, :, None]
-            target = batch.rewards[:, None, :, None] + kept * following
+                next_taken = torch.where(ood[:, None, :, None] > 0, refused, next_taken)
+            discount = (self.scalar("discount") * (1 - batch.terminals))[:, None, :, None]
+            target = batch.rewards[:, None, :, None] + discount * next_taken
 
         distribution = self.actor.distribution(batch.observations)
         taken = self._taken(distribution, batch.actions)  # [M, E, B, K]
@@ -164,7 +168,7 @@ class DiscreteCQL(Agent[DiscreteCQLConfig]):
             "gap": gap.detach().mean(1),
             "q": q.detach().mean((1, 2)),
         }
-        return metrics | ({} if self.answers is None else {"ood_rate": outside.mean(1)})
+        return metrics | ({} if self.ood_table is None else {"ood_rate": ood.mean(1)})
 
     def _bellman(self, taken: Tensor, target: Tensor) -> Tensor:
         """The loss of each row, ``[M, E, B]``, from predictions and targets ``[M, E, B, K]``."""

@@ -113,10 +113,10 @@ class DrQBC(PixelAgent[DrQBCConfig]):
         c, rows = self.config, batch.rewards.shape[1]
         noise, next_noise = self.random.normal(2, rows, self.spec.action_dim).unbind(1)
         deviation, seen = self.deviation(), self.seen(batch)
-        features, following = seen.observations, seen.next_observations
+        features, next_features = seen.observations, seen.next_observations
         with torch.no_grad():
-            next_actions = self.explore(self.actor(following), next_noise, deviation)
-            next_q = self.critic_target(following, next_actions).amin(1)
+            next_actions = self.explore(self.actor(next_features), next_noise, deviation)
+            next_q = self.critic_target(next_features, next_actions).amin(1)
             target = batch.rewards + c.discount**c.n_step * (1 - batch.terminals) * next_q
         q = self.critic(features, batch.actions)
         critic_loss = (q - target[:, None]).square().mean(-1).sum(1)

@@ -214,14 +214,14 @@ class SAC(CostLimited[SACConfig], PixelAgent[SACConfig]):
             else:
                 chosen = self.random.uniform(c.critics).topk(c.target_critics).indices
             q = q.gather(1, chosen[..., None].expand(-1, -1, q.shape[-1]))
-        following = q.amin(1)
+        next_q = q.amin(1)
         if c.entropy_backup:
-            following = following - self.temperature() * log_prob
+            next_q = next_q - self.temperature() * log_prob
         rewards = batch.rewards
         if batch.costs is not None:
             rewards = rewards - self.scalar("cost_penalty") * batch.costs
         discounted = self.scalar("discount") * (1 - batch.terminals)
-        return rewards + discounted * following, actions
+        return rewards + discounted * next_q, actions
 
     def step_actor(self, batch: Batch, q: Tensor) -> Metrics:
         """Step π, log α and, under a limit, ρ. ``q``: Q_e(s, a) of a batch, the unit of costs."""

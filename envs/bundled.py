@@ -327,7 +327,7 @@ def _generate(recipe: dict[str, Any], progress: bool) -> dict[str, np.ndarray]:
                     int(np.random.SeedSequence(key).generate_state(1)[0]),
                     stochastic=index is not None,
                     # Long episodes run side by side; no more of them than there are rows for.
-                    slots=min(16, -(-steps // HORIZON)),
+                    envs=min(16, -(-steps // HORIZON)),
                     progress=progress,
                 )
             )

@@ -17,7 +17,7 @@ sums of whole episodes, it steps π by one of
 
 (Â: standardised; J_k never is), and then V_k by regression on A_k + V_k. Episodes that end are not
 bootstrapped from, those that H cuts are. ``ood_mode`` says what an unsupported step does; where it
-ends the episode it is charged b(s), what logged episodes still spent from there on.
+ends the episode it is charged b(s), the behaviour cost-to-go.
 
 ε̄ is the 90 % quantile, over models fitted to resampled episodes that T̂ and π never saw, of the
 excess of π's cost there over its cost in T̂; it follows π during training.
@@ -60,11 +60,11 @@ TRIES = 15
 
 class _Learner(Guarded):
     def learn(self, batch: Batch) -> Metrics:
-        """One update from episodes played in the model; the logged batch is not looked at."""
+        """One update from episodes simulated in the model; the logged batch is not used."""
         if self.world.starts is None:
             raise SaferlError("the agent is not fitted: call fit(dataset, say) before it learns")
         names = self.limits.names
-        rollout = self._play(self.models[0])
+        rollout = self._simulate(self.models[0])
         values = self._values(rollout)
         signals = self._signals(rollout)
         found = advantages(
@@ -82,23 +82,23 @@ class _Learner(Guarded):
         if "cost" in names:
             cost = totals[:, -1]
             if len(self.models) > 1:
-                other = self._play(self.models[1 + self.key])
+                other = self._simulate(self.models[1 + self.key])
                 beyond = self._values(other)
-                played = self._totals(other, self._signals(other), beyond)
-                self.limits.observe(self.key, played[:, -1] - cost)
+                totals_there = self._totals(other, self._signals(other), beyond)
+                self.limits.observe(self.key, totals_there[:, -1] - cost)
             metrics["predicted_cost"] = cost / self.limits.unit
             metrics["margin"] = self.limits.margin() / self.limits.unit
         step = self._ppo if self.config.optimiser == "ppo_lag" else self._trust_region
         metrics |= step(rollout, found, totals[:, 1:])
         return metrics | self._regress(rollout, found + values[:, :, :-1])
 
-    def _play(self, model: Model) -> Rollout:
+    def _simulate(self, model: Model) -> Rollout:
         c, known = self.config, None
 
-        def decide(places: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+        def decide(states: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
             nonlocal known
-            rows = self._rows(places, allowed)
-            if known is None or rows.places is None:
+            rows = self._rows(states, allowed)
+            if known is None or rows.lookup is None:
                 known = self._distribution(rows.observations, rows.allowed)
             return self._decide(rows.pick(known))
 
@@ -107,16 +107,16 @@ class _Learner(Guarded):
             absorb=self.absorbs, mask=self.mask,
         )  # fmt: skip
 
-    def _rows(self, places: Tensor, allowed: Tensor | None) -> Rows:
-        """Of places ``[M, B]`` or ``[M, B, O]`` and the mask there, what networks are asked."""
+    def _rows(self, states: Tensor, allowed: Tensor | None) -> Rows:
+        """Network inputs of states ``[M, B]`` or ``[M, B, O]`` and of the mask there."""
         c, world = self.config, self.world
         index = None
         if world.states is None:
-            seen = places
+            seen = states
         elif len(world.states) > c.episodes * c.horizon:
-            seen = world.states[places]
+            seen = world.states[states]
         else:
-            seen, index = world.states.expand(self.members, -1, -1), places
+            seen, index = world.states.expand(self.members, -1, -1), states
             allowed = world.permitted.expand(self.members, -1, -1) if self.mask else None
         return Rows((seen - self._mean) / self._std, allowed, index)
 
@@ -124,17 +124,17 @@ class _Learner(Guarded):
     def _signals(self, rollout: Rollout) -> Tensor:
         """``[M, N, H, K]``: the agent's reward, then the cost of each constraint.
 
-        Where an unsupported step ends the episode nothing more is earned, but leaving the data is
-        no way to be spared a cost: what the logged episodes had yet to spend is charged.
+        An unsupported step that ends the episode earns nothing more, and is charged the behaviour
+        policy's cost-to-go. Otherwise leaving the data would avoid the cost.
         """
         c, spec, ood, counted = self.config, self.spec, rollout.ood, rollout.alive
         costs = {"ood": ood, "cost": rollout.costs.sum(-1)}
         if self.absorbs:
             counted = counted * (1 - ood)
             if self.limited:
-                rows = self._rows(rollout.places[:, :, :-1].flatten(1, 2), None)
-                spared = rows.pick(self.spared(rows.observations))
-                costs["cost"] = costs["cost"] + ood * spared.view_as(ood)
+                rows = self._rows(rollout.states[:, :, :-1].flatten(1, 2), None)
+                rest = rows.pick(self.cost_to_go(rows.observations))
+                costs["cost"] = costs["cost"] + ood * rest.view_as(ood)
         reward = spec.reward_scale * rollout.rewards + spec.reward_shift * counted
         if c.ood_mode == "penalty":
             # At every step from the unsupported one to H, as a sum at that step.
@@ -145,15 +145,15 @@ class _Learner(Guarded):
     @torch.no_grad()
     def _values(self, rollout: Rollout) -> Tensor:
         """V of every state and of the last, ``[M, N, H + 1, K]``."""
-        rows = self._rows(rollout.places.flatten(1, 2), None)
+        rows = self._rows(rollout.states.flatten(1, 2), None)
         values = rows.pick_last(self.critic(rows.observations)).movedim(1, -1)
-        return values.unflatten(1, rollout.places.shape[1:3])
+        return values.unflatten(1, rollout.states.shape[1:3])
 
     def _totals(self, rollout: Rollout, signals: Tensor, values: Tensor) -> Tensor:
         """J ``[M, K]``: discounted sums of episodes, means over N.
 
-        What follows an episode that H cuts is the critic's to say; of unsupported steps, whose
-        budget is for H steps, nothing follows.
+        Where H cuts an episode the critics add the rest. The count of unsupported steps has no
+        rest, because its budget covers H steps.
         """
         powers = discounting(self._discounts, self.config.horizon, signals)
         within = (signals * powers).sum(2).mean(1)
@@ -165,18 +165,18 @@ class _Learner(Guarded):
 
     def _trust_region(self, rollout: Rollout, found: Tensor, totals: Tensor) -> Metrics:
         c, parameters = self.config, list(self.actor.parameters())
-        rows, weight, actions = self._played(rollout)
+        rows, weight, actions = self._steps(rollout)
         reward = standardise(found[..., :1].flatten(1, 2), weight)[..., 0]
         count, steps = rollout.alive.shape[1], weight.sum(1)
         powers = discounting(self._discounts, c.horizon, found)[..., 1:]
         costs = (powers * found[..., 1:] * rollout.alive[..., None]).flatten(1, 2)  # [M, B, C]
         with torch.no_grad():
             old = self._distribution(rows.observations, rows.allowed)
-            old_log_prob = self._log_prob(old, actions, rows.places)
+            old_log_prob = self._log_prob(old, actions, rows.lookup)
 
         def surrogates() -> Surrogates:
             now = self._distribution(rows.observations, rows.allowed)
-            ratio = (self._log_prob(now, actions, rows.places) - old_log_prob).exp()
+            ratio = (self._log_prob(now, actions, rows.lookup) - old_log_prob).exp()
             return Surrogates(
                 (weight * ratio * reward).sum(1) / steps,
                 (ratio[..., None] * costs).sum(1) / count,
@@ -202,7 +202,7 @@ class _Learner(Guarded):
             inverse_b = conjugate_gradient(product, b, c.cg_iterations)
             step, case = cpo_step(g, b, chosen[:, 0], inverse_g, inverse_b, c.kl)
             acted = torch.zeros_like(excess, dtype=torch.bool)
-            self.limits.owe(c.integral, acted.scatter_(1, worst, (case != RECOVERY)[:, None]))
+            self.limits.integrate(c.integral, acted.scatter_(1, worst, (case != RECOVERY)[:, None]))
             # The others may rise to their limits; one that is broken waits for its turn.
             allowed = torch.where(excess > 0, torch.inf, -excess)
             allowed.scatter_(1, worst, (-chosen).clamp_min(0))
@@ -216,7 +216,7 @@ class _Learner(Guarded):
 
     def _ppo(self, rollout: Rollout, found: Tensor, totals: Tensor) -> Metrics:
         c, steps = self.config, rollout.alive.sum((1, 2))
-        rows, weight, actions = self._played(rollout)
+        rows, weight, actions = self._steps(rollout)
         self.multipliers.update(relative_excess(totals, self.limits.tightened()))
         price = self.multipliers.value().masked_fill(self.limits.budget.isinf(), 0.0)
         scaled = standardise(found.flatten(1, 2), weight)
@@ -224,10 +224,10 @@ class _Learner(Guarded):
         advantage = (scaled[..., 0] - paid) / (1 + price.sum(1, keepdim=True))
         with torch.no_grad():
             old = self._distribution(rows.observations, rows.allowed)
-            old_log_prob = self._log_prob(old, actions, rows.places)
+            old_log_prob = self._log_prob(old, actions, rows.lookup)
         for _ in range(c.epochs):
             now = self._distribution(rows.observations, rows.allowed)
-            ratio = (self._log_prob(now, actions, rows.places) - old_log_prob).exp()
+            ratio = (self._log_prob(now, actions, rows.lookup) - old_log_prob).exp()
             clipped = ratio.clamp(1 - c.clip, 1 + c.clip)
             gain = torch.minimum(ratio * advantage, clipped * advantage)
             self.minimise(self.actor_optimizer, -(weight * gain).sum(1) / steps)
@@ -239,7 +239,7 @@ class _Learner(Guarded):
 
     def _regress(self, rollout: Rollout, targets: Tensor) -> Metrics:
         """Steps of the critics towards targets ``[M, N, H, K]``."""
-        rows, weight, _ = self._played(rollout)
+        rows, weight, _ = self._steps(rollout)
         targets = targets.flatten(1, 2).mT
         for _ in range(self.config.critic_updates):
             error = (rows.pick_last(self.critic(rows.observations)) - targets).square() * weight[
@@ -249,10 +249,10 @@ class _Learner(Guarded):
             self.minimise(self.critic_optimizer, loss.sum(1))
         return {"critic_loss": loss.detach().sum(1)}
 
-    def _played(self, rollout: Rollout) -> tuple[Rows, Tensor, Tensor]:
+    def _steps(self, rollout: Rollout) -> tuple[Rows, Tensor, Tensor]:
         """The steps of a rollout in one axis of N · H, their weights w and actions."""
         allowed = None if rollout.allowed is None else rollout.allowed.flatten(1, 2)
-        rows = self._rows(rollout.places[:, :, :-1].flatten(1, 2), allowed)
+        rows = self._rows(rollout.states[:, :, :-1].flatten(1, 2), allowed)
         return rows, rollout.alive.flatten(1), rollout.actions.flatten(1, 2)
 
 

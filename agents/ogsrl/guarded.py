@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ OOD_MODES = ("constraint_absorb", "constraint", "penalty", "mask")
 CLONE_BATCH = 256
 COMPARED = 5000
 """Logged steps of which a guardian is asked how often they leave the data, or a few more."""
-SPARED_BATCH, SPARED_UPDATES = 512, 400
-"""Of the regression of `Spared`."""
+REGRESSION_BATCH, REGRESSION_UPDATES = 512, 400
+"""Of the regression of `CostToGo`."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class OGSRLConfig(CostConfig):
     batch_size: int = 1  # logged rows handed to an update, which uses none: it plays episodes
     hidden: tuple[int, ...] = (128, 128)
     optimiser: str = "cpo"  # cpo, trpo or ppo_lag
-    episodes: int = 32  # N played per update
-    horizon: int = 20  # H, steps of a played episode
-    starts: str = "initial"  # played episodes start as logged ones did, or in any logged state
+    episodes: int = 32  # N simulated per update
+    horizon: int = 20  # H, steps of a simulated episode
+    starts: str = "initial"  # episodes start as logged ones did, or in any logged state (any)
     model: str = "knn"  # T̂: knn, tabular or ensemble
     model_options: str = ""  # of make_model, as in "k=5"
     guardian: str = "knn"  # ĝ: a name of make_guardian, or none
@@ -61,25 +61,25 @@ class OGSRLConfig(CostConfig):
     kl: float = 0.01  # δ, of a trust-region step
     damping: float = 0.01  # added to the curvature
     cg_iterations: int = 10
-    curvature_share: float = 0.5  # of the played episodes that the curvature is taken from
+    curvature_share: float = 0.5  # of the episodes, for the curvature
     critic_lr: float = 1e-3
-    critic_updates: int = 10  # regression steps per update, each on all steps played
+    critic_updates: int = 10  # regression steps per update, each on all simulated steps
     multiplier: str = "pid"  # ppo_lag: how λ moves
     multiplier_lr: float = 0.1  # gain of the integral of the relative excess in [-1, 1]
     multiplier_kp: float = 2.0  # gain of the excess itself, without which the policy swings
     multiplier_max: float = 20.0
     actor_lr: float = 1e-3  # ppo_lag, and cloning
-    epochs: int = 10  # ppo_lag: steps per update, each on all steps played
+    epochs: int = 10  # ppo_lag: steps per update, each on all simulated steps
     clip: float = 0.2  # ppo_lag
     clone_updates: int = 0  # behaviour cloning before the first update
     log_std: float = -0.5  # first log σ of a continuous policy
 
 
-class Spared(nn.Module):
-    """What those who made the data still spent from a state on, by regression on logged episodes.
+class CostToGo(nn.Module):
+    """Behaviour policy's cost-to-go, by regression on logged episodes.
 
-    It is charged to whoever leaves the data there. A critic of the policy itself could not tell: at
-    a state that the policy always leaves from, its target would be its own value.
+    It is charged where the policy leaves the support. The policy's own cost critic cannot provide
+    it: where the policy always leaves the support, the critic's target would be its own value.
     """
 
     shift: Tensor
@@ -103,6 +103,12 @@ class Guarded(CostLimited[OGSRLConfig]):
     """
 
     Config = OGSRLConfig
+    renamed_state: ClassVar[dict[str, str]] = {
+        "world.outside": "world.flagged",
+        "spared": "cost_to_go",
+        "replay.*.following": "replay.*.next_index",
+        "limits.owed": "limits.integral",
+    }
     per_member = frozenset({"discount", "cost_limit"})
     shared = frozenset({"world.", "replay."})
 
@@ -166,7 +172,7 @@ class Guarded(CostLimited[OGSRLConfig]):
                 c.multiplier_kd, c.multiplier_max,
             )  # fmt: skip
         if limited and self.absorbs:
-            self.spared = Spared(init, spec.observation_dim, c.hidden)
+            self.cost_to_go = CostToGo(init, spec.observation_dim, c.hidden)
         count = 1 + (c.margin_models if limited else 0)
         models = nn.ModuleList(self._make_model(init, int(limited)) for _ in range(count))
         if c.model == "ensemble":  # one of each member's own
@@ -248,16 +254,16 @@ class Guarded(CostLimited[OGSRLConfig]):
         observations = torch.tensor(rows, device=self.device)
         observations = observations.to(self._mean.dtype)
         if self.limited and self.absorbs:
-            self._spare(train, observations)
+            self._fit_cost_to_go(train, observations)
         if c.clone_updates:
             self._clone(train, observations, say)
 
     def _compare(self, held: Any, say: Callable[[str], None]) -> None:
-        """Say where the logged episodes kept aside leave the data more often than β allows."""
+        """Report held-out episodes that leave the support more often than β allows."""
         c, step = self.config, max(1, len(held) // COMPARED)
         some = held.subset(episodes=np.arange(0, len(held.episodes), step))
-        outside = self.guardian.is_ood(flat(some.observations), some.actions)
-        share = share_leaving(np.asarray(outside), some.episodes, c.horizon, c.starts)
+        flagged = self.guardian.is_ood(flat(some.observations), some.actions)
+        share = share_leaving(np.asarray(flagged), some.episodes, c.horizon, c.starts)
         if share > c.ood_probability:
             say(
                 f"note: {share:.0%} of logged stretches of {c.horizon} steps hold an unsupported "
@@ -266,27 +272,27 @@ class Guarded(CostLimited[OGSRLConfig]):
                 "its budget), raise ood_probability or lower alpha"
             )
 
-    def _spare(self, train: Any, observations: Tensor) -> None:
-        """Regress the costs to go of logged steps; nothing follows the end of an episode."""
+    def _fit_cost_to_go(self, train: Any, observations: Tensor) -> None:
+        """Regress the logged cost-to-go, which is 0 after the end of an episode."""
         ends = train.terminals | train.timeouts
         discounts = np.array(self.column("cost_discount"))
-        found, following = np.empty((len(train), self.members)), np.zeros(self.members)
+        found, running = np.empty((len(train), self.members)), np.zeros(self.members)
         for t in range(len(train) - 1, -1, -1):
-            following = train.costs[t] + discounts * (0.0 if ends[t] else 1.0) * following
-            found[t] = following
+            running = train.costs[t] + discounts * (0.0 if ends[t] else 1.0) * running
+            found[t] = running
         # In float64: hundreds of steps make much of a rounding, which depends on the other members.
-        spared, kind = self.spared.double(), observations.dtype
+        model, kind = self.cost_to_go.double(), observations.dtype
         observations, costs = observations.double(), torch.from_numpy(found).T.to(self.device)
-        spared.shift.copy_(costs.mean(1, keepdim=True))
-        spared.scale.copy_(costs.std(1, correction=0, keepdim=True).clamp_min(1e-6))
+        model.shift.copy_(costs.mean(1, keepdim=True))
+        model.scale.copy_(costs.std(1, correction=0, keepdim=True).clamp_min(1e-6))
         random = MemberRandom(self.seeds, self.device, stream=Stream.REGRESSION)
-        optimizer = self.adam(spared.net, lr=self.config.critic_lr)
-        for _ in range(SPARED_UPDATES):
-            rows = random.integers(len(observations), SPARED_BATCH)
-            target = (costs.gather(1, rows) - spared.shift) / spared.scale
-            error = spared.net(observations[rows])[:, 0] - target
+        optimizer = self.adam(model.net, lr=self.config.critic_lr)
+        for _ in range(REGRESSION_UPDATES):
+            rows = random.integers(len(observations), REGRESSION_BATCH)
+            target = (costs.gather(1, rows) - model.shift) / model.scale
+            error = model.net(observations[rows])[:, 0] - target
             self.minimise(optimizer, error.square().mean(-1))
-        spared.to(kind)
+        model.to(kind)
 
     def _budget(self, length: int, say: Callable[[str], None]) -> None:
         """Limits in the units of the estimates; episodes last ``length`` steps."""
@@ -301,7 +307,7 @@ class Guarded(CostLimited[OGSRLConfig]):
                 limits = [check_limit(v, infinite=True) for v in self.column("cost_limit")]
                 columns.append([limit * unit for limit, unit in zip(limits, units)])
             numbers = ", ".join(f"{value:.4g}" for value in dict.fromkeys(columns[-1]))
-            say(f"budget of {name}: {numbers} per played episode")
+            say(f"budget of {name}: {numbers} per simulated episode")
         if columns:
             self.limits.budget.copy_(torch.tensor(columns).T)
         self.limits.unit.copy_(torch.tensor(units))
@@ -323,18 +329,18 @@ class Guarded(CostLimited[OGSRLConfig]):
 
     @torch.no_grad()
     def predict(self, episodes: int) -> tuple[Tensor, Tensor | None] | None:
-        """See `Agent.predict`; T̂ is believed about unsupported steps too."""
+        """See `Agent.predict`; the model is used on unsupported steps too."""
         if self.config.starts != "initial":
-            return None  # where logged episodes begin is not known any more
+            return None  # the states that logged episodes begin in are not kept
         policy, random = self.policy(), MemberRandom(self.seeds, self.device, stream=Stream.SHARES)
 
-        def decide(places: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-            actions = policy(self.world.see(places))
+        def decide(states: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+            actions = policy(self.world.see(states))
             return actions, actions
 
-        played = simulate(self.models[0], self.world, episodes, self.spec.horizon, random, decide)
-        costs = played.costs.sum((-1, -2)) if self.models[0].costs else None
-        return played.rewards.sum(-1), costs
+        rollout = simulate(self.models[0], self.world, episodes, self.spec.horizon, random, decide)
+        costs = rollout.costs.sum((-1, -2)) if self.models[0].costs else None
+        return rollout.rewards.sum(-1), costs
 
     def update_key(self, update: int) -> Hashable:
         """Which resampled model this update compares with."""

@@ -1,4 +1,4 @@
-"""Budgets of guarded model-based agents: their units, the margin, and what is owed to them."""
+"""Budgets of guarded model-based agents: their units, the margin, and the integral term."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Limits(nn.Module):
     unit: Tensor
     spent: Tensor
     updates: Tensor
-    owed: Tensor
+    integral: Tensor
     gaps: Tensor
     seen: Tensor
 
@@ -31,30 +31,34 @@ class Limits(nn.Module):
         self.register_buffer("unit", torch.ones(members))  # of a user's unit of cost
         self.register_buffer("spent", torch.zeros(members, len(names)))  # running means of J
         self.register_buffer("updates", torch.zeros(members, 1))
-        self.register_buffer("owed", torch.zeros(members, len(names)))
+        self.register_buffer("integral", torch.zeros(members, len(names)))
         self.register_buffer("gaps", torch.zeros(members, models))  # excess in resampled models
         self.register_buffer("seen", torch.zeros(members, models))
 
     def excess(self, totals: Tensor, smoothing: float) -> Tensor:
-        """c ``[M, C]`` of estimates J ``[M, C]``: running mean less budget, and what is owed."""
+        """c ``[M, C]`` of estimates J ``[M, C]``: running mean - budget + integral term."""
         self.updates += 1
         self.spent += (1 / self.updates).clamp_min(smoothing) * (totals - self.spent)
-        return self.spent - self.tightened() + self.owed
+        return self.spent - self.tightened() + self.integral
 
-    def owe(self, integral: float, acted: Tensor) -> None:
-        """Take the excess into what is owed; above 0, only of limits ``acted`` on, ``[M, C]`` bool.
+    def integrate(self, rate: float, acted: Tensor) -> None:
+        """Integral term with anti-windup: add ``rate`` times the excess, within [0, budget].
 
-        A gradient from few episodes promises more than it keeps, so that steps that cure the
-        excess on paper can leave it standing; what is owed grows until they do not. Where a step
-        could do no more, owing more would do nothing but delay what follows.
+        A step that removes the excess by its own estimate may leave some of it, because the
+        gradient is estimated from few episodes. The integral term grows until none is left.
+
+        Args:
+            acted: ``[M, C]`` bool, limits that this update's step was able to act on. Only these
+                take a positive excess; without that the term would grow during recovery steps,
+                which cannot go any faster, and delay what comes after them.
         """
-        if not integral:
+        if not rate:
             return
         budget = self.tightened()
         over = self.spent - budget
-        self.owed += integral * torch.where(acted, over, over.clamp_max(0))
-        self.owed.clamp_(min=0)
-        self.owed.copy_(torch.minimum(self.owed, budget))
+        self.integral += rate * torch.where(acted, over, over.clamp_max(0))
+        self.integral.clamp_(min=0)
+        self.integral.copy_(torch.minimum(self.integral, budget))
 
     def observe(self, model: int, gap: Tensor) -> None:
         """Take the excess cost ``[M]`` in one of the resampled models into its running mean."""
@@ -85,14 +89,14 @@ def ood_budget(probability: float, discount: Any, horizon: int) -> Any:
     return probability * discount**horizon
 
 
-def share_leaving(outside: np.ndarray, episodes: np.ndarray, horizon: int, starts: str) -> float:
+def share_leaving(flagged: np.ndarray, episodes: np.ndarray, horizon: int, starts: str) -> float:
     """Share of stretches of ``horizon`` logged steps, or less at an episode's end, with a flag.
 
     Args:
-        outside: ``[N]`` bool, of logged steps. episodes: ``[E, 2]``, first row and the one behind
+        flagged: ``[N]`` bool, of logged steps. episodes: ``[E, 2]``, first row and the one behind
             the last. starts: whether stretches begin with episodes (``initial``) or at any step.
     """
-    count = np.concatenate([[0], outside.cumsum()])
+    count = np.concatenate([[0], flagged.cumsum()])
     first = episodes[:, 0] if starts == "initial" else np.concatenate([
         np.arange(*span) for span in episodes
     ])  # fmt: skip

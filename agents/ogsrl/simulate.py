@@ -1,8 +1,8 @@
 """Episodes of a policy in a learned model, under a guardian, and what is estimated from them.
 
-World      the guardian, the states that episodes start from, and tables where states are few
+World      start states and the support lookup
 simulate   N episodes of H steps in a model
-Rows       what networks are asked about the places of episodes
+Rows       states as the networks read them, each once where states are few
 advantages generalised advantage estimation of several signals at once
 """
 
@@ -29,7 +29,7 @@ from saferl.spec import Spec
 from ..shared.ood_table import MAX_TABLE
 
 MAX_STARTS = 50_000
-"""Logged states kept to start from."""
+"""Logged states that episodes may start from, at most."""
 REFUSED = -1e9
 """Logit of an action that is masked: no probability, and no infinities in gradients."""
 
@@ -41,17 +41,17 @@ def resample(dataset: Dataset, seed: int) -> Dataset:
 
 
 class World(DataBuffers):
-    """What rollouts ask besides the model.
+    """Start states and support lookup.
 
-    A *place* is where an episode is: a raw observation; or, where states can be counted (a model
-    that replays logged rows, discrete actions), the number of a state, by which the guardian's
-    answers and what the models replay are found in tables. All that is learnt is in buffers.
+    A state is a raw observation ``[O]``. Where states can be counted (a model that replays logged
+    rows, discrete actions) it is an index into `states`; the guardian's flags and the rows that
+    the models replay are then looked up in tables. Everything learnt is in buffers.
     """
 
     # Tensors once there are data, None before.
     starts: Any
     states: Any
-    outside: Any
+    flagged: Any
     permitted: Any
 
     guardian: Any  # a calibrated `Guardian`, or None
@@ -59,7 +59,7 @@ class World(DataBuffers):
     def __init__(self, guardian: Guardian | None):
         super().__init__()
         self.guardian = guardian
-        self.declare("starts", "states", "outside", "permitted")
+        self.declare("starts", "states", "flagged", "permitted")
 
     @torch.no_grad()
     def fit(self, dataset: Dataset, starts: str, actions: int, models: Iterable[Any]) -> None:
@@ -76,8 +76,8 @@ class World(DataBuffers):
         self.starts = observations[rows]
         if not actions:
             return
-        following = torch.tensor(flat(dataset.next_observations), device=self.device)
-        states = torch.cat((observations, following))
+        next_observations = torch.tensor(flat(dataset.next_observations), device=self.device)
+        states = torch.cat((observations, next_observations))
         keys, first, number, multipliers = distinct_rows(states)
         if len(keys) * actions > MAX_TABLE:
             return
@@ -86,46 +86,46 @@ class World(DataBuffers):
             arrival = torch.searchsorted(keys, row_keys(model.successors, multipliers))
             model.number(self.states, arrival)
         if self.guardian is not None:
-            self.permitted, self.outside = supported(self.guardian, self.states, actions)
+            self.permitted, self.flagged = supported(self.guardian, self.states, actions)
 
-    def see(self, places: Tensor) -> Tensor:
+    def see(self, states: Tensor) -> Tensor:
         """Raw observations ``[M, B, O]``."""
-        return places if self.states is None else self.states[places]
+        return states if self.states is None else self.states[states]
 
-    def ood(self, places: Tensor, actions: Tensor) -> Tensor:
-        """``[M, B]`` 0/1 of places and raw actions; 0 without a guardian."""
+    def ood(self, states: Tensor, actions: Tensor) -> Tensor:
+        """``[M, B]`` 0/1 of states and raw actions; 0 without a guardian."""
         if self.guardian is None:
-            return torch.zeros(places.shape[:2], device=self.device)
-        if self.outside is None:
-            return self.guardian.is_ood(places, actions).float()
-        return self.outside[places, actions].float()
+            return torch.zeros(states.shape[:2], device=self.device)
+        if self.flagged is None:
+            return self.guardian.is_ood(states, actions).float()
+        return self.flagged[states, actions].float()
 
-    def allowed(self, places: Tensor, actions: int) -> Tensor:
+    def allowed(self, states: Tensor, actions: int) -> Tensor:
         """``[M, B, actions]`` bool: which actions a mask leaves."""
         if self.permitted is None:
-            return supported(self.guardian, places, actions)[0]
-        return self.permitted[places]
+            return supported(self.guardian, states, actions)[0]
+        return self.permitted[states]
 
     def draw(self, count: int, random: MemberRandom) -> Tensor:
         """Places to start from, ``[M, count]`` or ``[M, count, O]``."""
         return self.starts[random.integers(len(self.starts), count)]
 
-    def step(self, model: Any, places: Tensor, actions: Tensor, random: MemberRandom) -> Step:
-        """A transition of the model, whose next observations are places."""
+    def step(self, model: Any, states: Tensor, actions: Tensor, random: MemberRandom) -> Step:
+        """A transition of the model, whose next observations are states."""
         move = model.step if self.states is None else model.walk
-        return move(places, actions, random)
+        return move(states, actions, random)
 
 
 def supported(guardian: Guardian, observations: Tensor, actions: int) -> tuple[Tensor, Tensor]:
-    """Of every action ``[*, actions]`` bool: whether a mask leaves it, and whether it is outside.
+    """Mask and flags of every action, both ``[*, actions]`` bool.
 
-    A mask leaves the best supported action where none is supported.
+    The mask leaves the supported actions; the best supported one where none is.
     """
     every = torch.arange(actions, device=observations.device)
     scores = guardian.score(observations.unsqueeze(-2), every)
-    outside = guardian.flag(scores)
+    flagged = guardian.flag(scores)
     best = every == scores.argmin(-1, keepdim=True)
-    return torch.where(outside.all(-1, keepdim=True), best, ~outside), outside
+    return torch.where(flagged.all(-1, keepdim=True), best, ~flagged), flagged
 
 
 class MaskedActor(nn.Module):
@@ -163,7 +163,7 @@ class MaskedActor(nn.Module):
 class Rollout(NamedTuple):
     """N episodes of at most H steps for each member, side by side."""
 
-    places: Tensor  # [M, N, H + 1] where states are counted, else [M, N, H + 1, O], raw
+    states: Tensor  # [M, N, H + 1] where states are counted, else [M, N, H + 1, O], raw
     actions: Tensor  # [M, N, H, A] as drawn, or [M, N, H] int64
     allowed: Tensor | None  # [M, N, H, actions] bool, under a mask
     rewards: Tensor  # [M, N, H], raw
@@ -190,36 +190,36 @@ def simulate(
     absorb: bool = False,
     mask: int = 0,
 ) -> Rollout:
-    """Play N = ``episodes`` episodes of H = ``horizon`` steps.
+    """Simulate N = ``episodes`` episodes of H = ``horizon`` steps.
 
     Args:
-        decide: from places (see `World`) and the mask to actions as drawn and raw actions, which
+        decide: from states (see `World`) and the mask to actions as drawn and raw actions, which
             the model and the guardian are asked about.
         absorb: an unsupported step ends the episode; the model is then not believed about it, so
             it has neither reward nor cost.
         mask: number of actions, of which `decide` is given the supported ones; 0: no mask.
     """
-    place = world.draw(episodes, random)
-    alive = torch.ones(place.shape[:2], device=place.device)
-    places, steps = [place], []
+    state = world.draw(episodes, random)
+    alive = torch.ones(state.shape[:2], device=state.device)
+    states, steps = [state], []
     for _ in range(horizon):
-        allowed = world.allowed(place, mask) if mask else None
-        actions, raw = decide(place, allowed)
-        outside = world.ood(place, raw) * alive
-        found = world.step(model, place, raw, random)
-        counts = alive * (1 - outside) if absorb else alive
-        ended = torch.maximum(found.terminals, outside) if absorb else found.terminals
+        allowed = world.allowed(state, mask) if mask else None
+        actions, raw = decide(state, allowed)
+        ood = world.ood(state, raw) * alive
+        found = world.step(model, state, raw, random)
+        counts = alive * (1 - ood) if absorb else alive
+        ended = torch.maximum(found.terminals, ood) if absorb else found.terminals
         ended = alive * ended
         rewards, costs = found.rewards * counts, found.costs * counts[..., None]
-        steps.append((actions, allowed, rewards, costs, outside, alive, ended))
+        steps.append((actions, allowed, rewards, costs, ood, alive, ended))
         alive = alive - ended
-        goes_on = (alive > 0).view(*alive.shape, *(1,) * (place.dim() - 2))
-        place = torch.where(goes_on, found.next_observations, place)
-        places.append(place)
+        goes_on = (alive > 0).view(*alive.shape, *(1,) * (state.dim() - 2))
+        state = torch.where(goes_on, found.next_observations, state)
+        states.append(state)
     columns: list[Any] = [
         None if column[0] is None else torch.stack(column, 2) for column in zip(*steps)
     ]
-    return Rollout(torch.stack(places, 2), *columns)
+    return Rollout(torch.stack(states, 2), *columns)
 
 
 @torch.no_grad()
@@ -247,42 +247,42 @@ def advantages(
         ``[M, N, H, K]``, 0 after an episode is over.
     """
     goes_on = (alive * (1 - ended))[..., None]
-    following = torch.zeros_like(values[:, :, 0])
+    advantage = torch.zeros_like(values[:, :, 0])
     found = []
     for t in range(signals.shape[2] - 1, -1, -1):
-        kept = discount * goes_on[:, :, t]
-        delta = signals[:, :, t] + kept * values[:, :, t + 1] - values[:, :, t]
-        following = (delta + weight * kept * following) * alive[:, :, t, None]
-        found.append(following)
+        discounted = discount * goes_on[:, :, t]
+        delta = signals[:, :, t] + discounted * values[:, :, t + 1] - values[:, :, t]
+        advantage = (delta + weight * discounted * advantage) * alive[:, :, t, None]
+        found.append(advantage)
     return torch.stack(found[::-1], 2)
 
 
 class Rows(NamedTuple):
-    """What networks are asked about places: each of them, or all states where those are fewer."""
+    """Inputs of networks: one row per simulated state, or one per distinct state where fewer."""
 
     observations: Tensor  # [M, U, O], the agent's units
     allowed: Tensor | None  # [M, U, actions] bool, under a mask
-    places: Tensor | None  # [M, B], which of the U each place is; None: they are the places
+    lookup: Tensor | None  # [M, B], which of the U rows each state is; None: row by row
 
-    def pick(self, answers: Any) -> Any:
-        """Answers ``[M, U, …]``, or a tuple of them, of each place ``[M, B, …]``."""
-        if self.places is None:
-            return answers
-        if isinstance(answers, tuple):
-            return tuple(map(self.pick, answers))
-        index = self.places.view(*self.places.shape, *(1,) * (answers.dim() - 2))
-        return answers.gather(1, index.expand(-1, -1, *answers.shape[2:]))
+    def pick(self, outputs: Any) -> Any:
+        """Outputs ``[M, U, …]``, or a tuple of them, to those of each state ``[M, B, …]``."""
+        if self.lookup is None:
+            return outputs
+        if isinstance(outputs, tuple):
+            return tuple(map(self.pick, outputs))
+        index = self.lookup.view(*self.lookup.shape, *(1,) * (outputs.dim() - 2))
+        return outputs.gather(1, index.expand(-1, -1, *outputs.shape[2:]))
 
-    def pick_last(self, answers: Tensor) -> Tensor:
-        """Answers ``[M, K, U]`` of each place ``[M, K, B]``."""
-        if self.places is None:
-            return answers
-        return answers.gather(2, self.places[:, None].expand(-1, answers.shape[1], -1))
+    def pick_last(self, outputs: Tensor) -> Tensor:
+        """Outputs ``[M, K, U]`` to those of each state ``[M, K, B]``."""
+        if self.lookup is None:
+            return outputs
+        return outputs.gather(2, self.lookup[:, None].expand(-1, outputs.shape[1], -1))
 
     def first(self, count: int) -> Rows:
-        """Of the first ``count`` places."""
-        if self.places is not None:
-            return self._replace(places=self.places[:, :count])
+        """The first ``count`` states."""
+        if self.lookup is not None:
+            return self._replace(lookup=self.lookup[:, :count])
         allowed = None if self.allowed is None else self.allowed[:, :count]
         return Rows(self.observations[:, :count], allowed, None)
 

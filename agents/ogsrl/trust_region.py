@@ -81,9 +81,9 @@ def conjugate_gradient(
         rate = size / _dot(direction, image).clamp_min(tiny)
         x = x + rate * direction
         residual = residual - rate * image
-        following = _dot(residual, residual)
-        direction = residual + following / size.clamp_min(tiny) * direction
-        size = following
+        next_size = _dot(residual, residual)
+        direction = residual + next_size / size.clamp_min(tiny) * direction
+        size = next_size
     return x
 
 

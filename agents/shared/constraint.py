@@ -87,8 +87,8 @@ class CostCritic(nn.Module):
     ) -> Tensor:
         """c + γ_c (1 - terminal) max_e Qc_e(s', a'), ``[M, B]``; target's unless ``online``."""
         critic = self.online if online else self.target
-        following = critic(batch.next_observations, next_actions).amax(1)
-        return batch.costs + discount * (1 - batch.terminals) * following
+        next_cost = critic(batch.next_observations, next_actions).amax(1)
+        return batch.costs + discount * (1 - batch.terminals) * next_cost
 
     def loss(self, batch: Batch, backup: Tensor) -> Tensor:
         """Σ_e mean (Qc_e(s, a) - y_c)², ``[M]``."""

@@ -1,4 +1,4 @@
-"""A guardian's answers about the states of a dataset, asked once."""
+"""Precomputed table of a guardian's out-of-distribution flags."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from saferl.safety.guardians import Guardian
 from saferl.safety.guardians.fitting import flat
 
 MAX_TABLE = 200_000
-"""Pairs of state and action whose guardian's answers are looked up once, before training."""
+"""Most pairs of state and action that are tabulated before training."""
 
 
-class Answers(DataBuffers):
-    """A guardian, and a table of what it says of every action in the states of a dataset.
+class OODTable(DataBuffers):
+    """A guardian, and a table of its flags of every action in the states of a dataset.
 
-    Where there are too many pairs for a table (`MAX_TABLE`) it is asked each time. A state is found
-    by the hash of its row, and one that is not in the table is out of the data. All that is learnt
-    is in buffers.
+    With more than `MAX_TABLE` pairs there is no table, and the guardian is called each time. A
+    state is found by the hash of its row. A state that is not in the table is out of distribution.
+    Everything learnt is in buffers.
     """
 
     # Tensors once there are data, None before.
     keys: Any
     multipliers: Any
-    outside: Any
+    flagged: Any
 
     guardian: Any  # a calibrated `Guardian`, or None
 
     def __init__(self, guardian: Guardian | None):
         super().__init__()
         self.guardian = guardian
-        self.declare("keys", "multipliers", "outside")
+        self.declare("keys", "multipliers", "flagged")
 
     @torch.no_grad()
     def fill(
@@ -58,7 +58,7 @@ class Answers(DataBuffers):
             return None
         states = torch.from_numpy(np.concatenate(both)).to(self.device)[first]
         self.keys, self.multipliers = keys, multipliers
-        self.outside = self.guardian.is_ood(states[:, None], torch.arange(actions).to(keys.device))
+        self.flagged = self.guardian.is_ood(states[:, None], torch.arange(actions).to(keys.device))
         return states
 
     def _row(self, observations: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class Answers(DataBuffers):
         """
         if self.guardian is None:
             return observations.new_zeros(observations.shape[:2])
-        if self.outside is None:
+        if self.flagged is None:
             return self.guardian.is_ood(observations, actions).to(observations.dtype)
         row, known = self._row(observations)
-        return (self.outside[row, actions] | ~known).to(observations.dtype)
+        return (self.flagged[row, actions] | ~known).to(observations.dtype)

@@ -81,10 +81,10 @@ class PixelAgent(Agent[PixelConfigT]):
         """For the critics' step: features of s, and without gradient those of s'."""
         if not self.spec.image:
             return batch
-        offsets, following = self.shifts(batch.rewards.shape[1], 2)
+        offsets, next_offsets = self.shifts(batch.rewards.shape[1], 2)
         observations = self.encode(batch.observations, offsets)
         with torch.no_grad():
-            after = self.encode(batch.next_observations, following)
+            after = self.encode(batch.next_observations, next_offsets)
         return batch._replace(observations=observations, next_observations=after)
 
     @torch.no_grad()

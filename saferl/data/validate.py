@@ -72,20 +72,20 @@ def prepare(
     data = dict(observations=observations, actions=actions, rewards=rewards, costs=costs,
                 terminals=terminals, timeouts=timeouts)  # fmt: skip
     del observations, actions, rewards, costs
-    following = arrays.pop("next_observations", None)
-    if following is None:
+    next_observations = arrays.pop("next_observations", None)
+    if next_observations is None:
         data, note = _next_rows(data)
         notes += note
     else:
-        following = states("next_observations", following, n)
-        if following.shape != data["observations"].shape:
+        next_observations = states("next_observations", next_observations, n)
+        if next_observations.shape != data["observations"].shape:
             raise SaferlError(
-                f"next_observations have shape {list(following.shape)}, observations "
+                f"next_observations have shape {list(next_observations.shape)}, observations "
                 f"{list(data['observations'].shape)}: they must be equal"
             )
-        data["next_observations"] = following
-        if following.dtype != data["observations"].dtype:
-            data["next_observations"] = following.astype(data["observations"].dtype)
+        data["next_observations"] = next_observations
+        if next_observations.dtype != data["observations"].dtype:
+            data["next_observations"] = next_observations.astype(data["observations"].dtype)
 
     for name in ("observations", "next_observations", "actions", "rewards", "costs"):
         if data.get(name) is not None:
@@ -270,11 +270,11 @@ def _next_rows(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     successor = np.minimum(index + 1, n - 1)
     # The next row of a terminal belongs to another episode: its own observation is a real state.
     successor[terminals[index]] = index[terminals[index]]
-    following = observations[successor]
+    next_observations = observations[successor]
     if len(index) < n:
         observations = observations[index]
         data = {k: None if v is None else v[index] for k, v in data.items()}
-    data |= {"observations": observations, "next_observations": following}
+    data |= {"observations": observations, "next_observations": next_observations}
     notes = ["next observations are taken from the next row"]
     if len(index) < n:
         notes = [
@@ -389,7 +389,7 @@ def _share(count: int, total: int) -> str:
 
 
 def _suspicious(data: dict, card: Any) -> list[str]:
-    observations, following = data["observations"], data["next_observations"]
+    observations, next_observations = data["observations"], data["next_observations"]
     n, found = len(observations), []
     ends = data["terminals"] | data["timeouts"]
     stops = np.flatnonzero(ends) + 1
@@ -411,7 +411,7 @@ def _suspicious(data: dict, card: Any) -> list[str]:
     apart = 0
     for part in chunks(n - 1):
         stop = min(part.stop, n - 1)
-        a = following[part.start : stop].reshape(stop - part.start, -1)
+        a = next_observations[part.start : stop].reshape(stop - part.start, -1)
         b = observations[part.start + 1 : stop + 1].reshape(stop - part.start, -1)
         if a.dtype == np.uint8:
             differs = (a != b).any(1)

@@ -52,8 +52,8 @@ def evaluate(
     ``step``: the training step the policy comes from, kept in the rows. ``guardian``: a calibrated
     one; steps whose action it calls unsupported are counted.
     """
-    played = rollout(policy, env, episodes, seed, horizon, progress, guardian)
-    return Evaluation.from_episodes(played, step)
+    found = rollout(policy, env, episodes, seed, horizon, progress, guardian)
+    return Evaluation.from_episodes(found, step)
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Evaluation:
     replaced: np.ndarray | None = None
 
     @classmethod
-    def from_episodes(cls, played: Episodes, step: int = 0) -> Evaluation:
-        member, episode = np.indices(played.returns.shape)
-        sums: Any = (played.returns, played.costs, played.lengths, played.ood, played.replaced)
+    def from_episodes(cls, found: Episodes, step: int = 0) -> Evaluation:
+        member, episode = np.indices(found.returns.shape)
+        sums: Any = (found.returns, found.costs, found.lengths, found.ood, found.replaced)
         arrays: Any = (None if array is None else array.ravel() for array in sums)
         return cls(
-            np.full(played.returns.size, step),
+            np.full(found.returns.size, step),
             member.ravel(),
             episode.ravel(),
             *arrays,

@@ -34,7 +34,7 @@ class _Replay(Model):
     start: Any
     count: Any
     successors: Any
-    following: Any
+    next_index: Any
     rewards: Any
     row_costs: Any
     row_outcomes: Any
@@ -55,7 +55,7 @@ class _Replay(Model):
             n_actions = spec.action_dim if spec.discrete else None
             features = FeatureMap(n_actions=n_actions, action_encoding="onehot")
         self.feature_map = features
-        self.declare("pairs", "start", "count", "successors", "following", "rewards", "row_costs",
+        self.declare("pairs", "start", "count", "successors", "next_index", "rewards", "row_costs",
                      "row_outcomes")  # fmt: skip
         self.declare("near", "near_weight", "arrival")  # of numbered states, by `number`
         self._means: Tensor | None = None
@@ -75,7 +75,7 @@ class _Replay(Model):
         self.count, self.start = count, count.cumsum(0) - count
         self.pairs = self.feature_map.encode(rows[order[self.start]])
         # Many rows lead to the same state where states repeat: each is kept once.
-        self.successors, self.following = _distinct(data["next_observations"][order])
+        self.successors, self.next_index = _distinct(data["next_observations"][order])
         self.rewards, self.row_costs = data["rewards"][order], data["costs"][order]
         self.row_outcomes = data["outcomes"][order]
         self._means = None
@@ -124,7 +124,7 @@ class _Replay(Model):
         row = self._row(pair, uniform[..., 1:])
         outcomes = self.row_outcomes[row]
         return Step(
-            where[self.following[row]],
+            where[self.next_index[row]],
             self.rewards[row],
             self.row_costs[row],
             (outcomes > 0).to(weight.dtype),
@@ -137,9 +137,15 @@ class _Replay(Model):
         Columns: next observation where the episode goes on (else 0), next observation, reward,
         costs, share of each outcome.
         """
-        following = self.successors[self.following]
+        next_states = self.successors[self.next_index]
         ends = F.one_hot(self.row_outcomes, self.outcomes + 1).float()
-        columns = (following * ends[:, :1], following, self.rewards[:, None], self.row_costs, ends)
+        columns = (
+            next_states * ends[:, :1],
+            next_states,
+            self.rewards[:, None],
+            self.row_costs,
+            ends,
+        )
         rows = torch.cat(columns, 1)
         total = rows.new_zeros(len(count), rows.shape[1])
         total.index_add_(0, torch.repeat_interleave(count), rows)
@@ -160,8 +166,10 @@ class _Replay(Model):
             (o, o, 1, self.costs, self.outcomes + 1), -1
         )
         goes_on = outcomes[..., :1]
-        following = torch.where(goes_on > 0, alive / goes_on.clamp_min(1e-12), last)
-        return Step(following, rewards.squeeze(-1), costs, outcomes[..., 1:].sum(-1), outcomes)
+        next_observations = torch.where(goes_on > 0, alive / goes_on.clamp_min(1e-12), last)
+        return Step(
+            next_observations, rewards.squeeze(-1), costs, outcomes[..., 1:].sum(-1), outcomes
+        )
 
 
 def _pick(start: Tensor, count: Tensor, uniform: Tensor) -> Tensor:
@@ -361,8 +369,8 @@ class TabularModel(_Replay):
 
     def _laws(self) -> sparse.csr_array:
         """Probabilities of each pair's successor, ``[P, S + K]``: a state, or how it ended."""
-        states, rows = len(self.states), len(self.following)
-        to = self._state(self.successors).cpu().numpy()[self.following.cpu().numpy()]
+        states, rows = len(self.states), len(self.next_index)
+        to = self._state(self.successors).cpu().numpy()[self.next_index.cpu().numpy()]
         ends = self.row_outcomes.cpu().numpy()
         to = np.where(ends > 0, states + ends - 1, to)
 

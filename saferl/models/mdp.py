@@ -125,7 +125,7 @@ class TabularMDP:
             raise SaferlError("the policy's probabilities must be 0 or more and sum to one per row")
         return policy.astype(np.float64)
 
-    def following(self, values: np.ndarray) -> np.ndarray:
+    def expected_next(self, values: np.ndarray) -> np.ndarray:
         """Expected value of the next state, ``[S]`` to ``[S, A]``; terminal states count 0."""
         values = np.where(self.terminal, 0.0, values)
         return (self.transitions @ values).reshape(self.states, self.actions)
@@ -245,11 +245,11 @@ def sample_episodes(
     running, steps = np.arange(int(episodes)), []
     for t in range(int(horizon)):
         action = act(state, random)
-        following = move(state * mdp.actions + action, random)
-        ended = mdp.terminal[following]
+        next_state = move(state * mdp.actions + action, random)
+        ended = mdp.terminal[next_state]
         cut = ~ended & (t == horizon - 1)
-        steps.append((running, state, action, following, ended, cut))
-        running, state = running[~ended], following[~ended]
+        steps.append((running, state, action, next_state, ended, cut))
+        running, state = running[~ended], next_state[~ended]
         if not len(running):
             break
     columns = [np.concatenate(column) for column in zip(*steps)]

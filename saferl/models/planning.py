@@ -71,7 +71,7 @@ def plan(
     for _ in range(ITERATIONS):
         under = mdp.under(mdp.policy(policy))
         values[live] = solve(discount * under, rewards[each, policy][live])
-        q = np.where(allowed, rewards + discount * mdp.following(values), -np.inf)
+        q = np.where(allowed, rewards + discount * mdp.expected_next(values), -np.inf)
         better = live & (q.max(1) > q[each, policy] + TIE)
         if not better.any():
             break

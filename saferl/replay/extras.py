@@ -84,10 +84,10 @@ class NextActions(Extra):
         return (1 if spec.discrete else spec.action_dim) + 1
 
     def of_episode(self, actions: np.ndarray, rewards: np.ndarray, complete: bool) -> np.ndarray:
-        following = np.concatenate([actions[1:], actions[-1:]])
+        next_actions = np.concatenate([actions[1:], actions[-1:]])
         known = np.ones((len(actions), 1), np.float32)
         known[-1:] = 0
-        return np.concatenate([following, known], 1)
+        return np.concatenate([next_actions, known], 1)
 
     def fields(self, stored: Tensor, spec: Spec) -> Fields:
         actions = stored[..., :-1]

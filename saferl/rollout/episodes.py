@@ -50,11 +50,11 @@ class Evaluator:
             raise SaferlError(f"the horizon must be 1 step or more, got {horizon}")
         self.members, self.episodes = members, episodes
         self.per_member = min(episodes, max(1, SLOTS // members))
-        self._slots = VectorEnv(env, members * self.per_member, horizon)
+        self._vector_env = VectorEnv(env, members * self.per_member, horizon)
 
     def check(self, spec: Any) -> None:
         """`check_spaces` with the environments at hand."""
-        check_sizes(self._slots.name, self._slots.spaces, spec)
+        check_sizes(self._vector_env.name, self._vector_env.spaces, spec)
 
     def run(
         self, policy: Any, seed: int = 0, progress: bool = False, guardian: Any = None
@@ -68,7 +68,7 @@ class Evaluator:
         asked of every executed action and the observation that it was taken on.
 
         Raises:
-            EnvironmentFailed: its ``slot // per_member`` is the member that played.
+            EnvironmentFailed: its ``index // per_member`` is the member that played.
             SaferlError: the policy does not fit, or an action of it is not finite.
         """
         members = int(getattr(policy, "members", 1))
@@ -78,57 +78,55 @@ class Evaluator:
             )
         if getattr(policy, "spec", None) is not None:
             self.check(policy.spec)
-        slots, per_member = self._slots, self.per_member
+        vector_env, per_member = self._vector_env, self.per_member
         choose, guard = policy_function(policy), getattr(policy, "observe", None)  # a Shield's
         guarded = hasattr(policy, "replaced")
         returns, costs = np.zeros((members, self.episodes)), np.zeros((members, self.episodes))
-        lengths, outside, replaced = (
-            np.zeros((members, self.episodes), np.int64) for _ in range(3)
-        )
+        lengths, ood, replaced = (np.zeros((members, self.episodes), np.int64) for _ in range(3))
         owner = np.repeat(np.arange(members), per_member)
-        slots.begin(seed)
-        for slot in range(len(owner)):
-            slots.start(slot, slot % per_member)
+        vector_env.begin(seed)
+        for index in range(len(owner)):
+            vector_env.start(index, index % per_member)
         if guard:
             policy.reset(np.ones(len(owner), bool))
         with progress_bar(members * self.episodes, "evaluating", "episode", progress) as bar:
-            while slots.running.any():
-                ran = slots.running.copy()
-                actions, at = slots.act(choose, members), (owner[ran], slots.episode[ran])
+            while vector_env.running.any():
+                ran = vector_env.running.copy()
+                actions, at = vector_env.act(choose, members), (owner[ran], vector_env.episode[ran])
                 if guardian is not None:
-                    outside[at] += guardian.is_ood(slots.observations[ran], actions[ran])
+                    ood[at] += guardian.is_ood(vector_env.observations[ran], actions[ran])
                 if guarded:
                     replaced[at] += policy.replaced[ran]
-                ended = slots.step(actions)
+                ended = vector_env.step(actions)
                 if guard:
-                    guard(slots.costs, ~slots.running)
-                returns[at] += slots.rewards[ran]
-                costs[at] += slots.costs[ran]
+                    guard(vector_env.costs, ~vector_env.running)
+                returns[at] += vector_env.rewards[ran]
+                costs[at] += vector_env.costs[ran]
                 lengths[at] += 1
-                for slot in ended:
+                for index in ended:
                     bar.update(1)
-                    following = int(slots.episode[slot]) + per_member
-                    if following < self.episodes:
-                        slots.start(slot, following)
+                    episode = int(vector_env.episode[index]) + per_member
+                    if episode < self.episodes:
+                        vector_env.start(index, episode)
                 if guard:
-                    policy.reset(np.isin(np.arange(len(owner)), ended) & slots.running)
-        if guard and policy.cost_limit is not None and not slots.has_costs:
+                    policy.reset(np.isin(np.arange(len(owner)), ended) & vector_env.running)
+        if guard and policy.cost_limit is not None and not vector_env.has_costs:
             raise SaferlError(
                 "the shield has a cost limit but the environment reports no cost: wrap it in "
                 "saferl.envs.CostWrapper"
             )
         return Episodes(
             returns,
-            costs if slots.has_costs else None,
+            costs if vector_env.has_costs else None,
             lengths,
-            slots.name,
+            vector_env.name,
             seed,
-            None if guardian is None else outside,
+            None if guardian is None else ood,
             replaced if guarded else None,
         )
 
     def close(self) -> None:
-        self._slots.close()
+        self._vector_env.close()
 
     def __enter__(self) -> Evaluator:
         return self

@@ -120,24 +120,24 @@ class Spaces:
 
 
 class EnvironmentFailed(SaferlError):
-    """An environment, or the guard before it, raised an error, or what it returned is not finite.
+    """An environment or its guard raised an error, or the environment returned a non-finite value.
 
-    ``slot`` is its number.
+    ``index`` is the number of the environment.
     """
 
-    def __init__(self, message: str, slot: int):
+    def __init__(self, message: str, index: int):
         super().__init__(message)
-        self.slot = slot
+        self.index = index
 
 
 class VectorEnv:
-    """A row of environments; `start` begins an episode in one, `step` advances all that run.
+    """Environments stepped together; `start` begins an episode, `step` advances all that run.
 
     One that fails raises `EnvironmentFailed`, which names it, its episode and the step.
 
-    ``observations`` [B, O] holds the current observation of each slot (that of a finished slot
-    stays as a dummy); after `step`, ``rewards``, ``costs``, ``terminals`` and ``timeouts`` [B]
-    describe the step of the slots that ran.
+    ``observations`` [B, O] holds the current observation of each environment (the last one
+    of an episode stays until the next begins). After `step`, ``rewards``, ``costs``,
+    ``terminals`` and ``timeouts`` [B] describe the step of the environments that ran.
     """
 
     def __init__(self, env: Env, count: int, horizon: int | None):
@@ -160,7 +160,7 @@ class VectorEnv:
         self.running, self.has_costs = np.zeros(count, bool), False
         self.elapsed = np.zeros(count, np.int64)
         self.episode = np.zeros(count, np.int64)
-        self.seeds = np.zeros(count, np.int64)  # episode k of a slot is reset with its seed + k
+        self.seeds = np.zeros(count, np.int64)  # episode k of a index is reset with its seed + k
 
     def check(self, spec: Any) -> None:
         """`check_spaces`, and that the actions of ``spec`` lie within the environment's bounds."""
@@ -199,24 +199,24 @@ class VectorEnv:
         return lines
 
     def begin(self, seeds: int | np.ndarray) -> None:
-        """Forget whatever ran before. ``seeds``: one for all slots, or one per slot ``[B]``."""
+        """Forget whatever ran before. ``seeds``: one for all, or one per environment."""
         self.seeds[:] = seeds
         self.has_costs = False
         self.running[:] = False
 
-    def start(self, slot: int, episode: int) -> None:
-        self.episode[slot], self.elapsed[slot] = episode, 0
-        self.running[slot] = True
+    def start(self, index: int, episode: int) -> None:
+        self.episode[index], self.elapsed[index] = episode, 0
+        self.running[index] = True
         try:
-            observation, _ = self.envs[slot].reset(seed=int(self.seeds[slot]) + episode)
-            self.observations[slot] = self.spaces.flatten(observation)
+            observation, _ = self.envs[index].reset(seed=int(self.seeds[index]) + episode)
+            self.observations[index] = self.spaces.flatten(observation)
         except Exception as error:
-            raise self.failure(slot, one_line(error)) from error
-        if not np.isfinite(self.observations[slot]).all():
-            raise self.failure(slot, "the first observation is not finite")
+            raise self.failure(index, one_line(error)) from error
+        if not np.isfinite(self.observations[index]).all():
+            raise self.failure(index, "the first observation is not finite")
 
     def step(self, actions: np.ndarray) -> np.ndarray:
-        """Advance with executed actions ``[B, ...]``; returns the slots whose episode ended."""
+        """Advance with executed actions ``[B, ...]``; returns the numbers of those that ended."""
         ran = np.flatnonzero(self.running)
         for i in ran:
             self.elapsed[i] += 1
@@ -241,21 +241,21 @@ class VectorEnv:
             ("cost", np.isfinite(self.costs[ran])),
         ):
             if not finite.all():
-                slot = int(ran[np.argmin(finite)])
-                raise self.failure(slot, f"the environment returned a non-finite {what}")
+                index = int(ran[np.argmin(finite)])
+                raise self.failure(index, f"the environment returned a non-finite {what}")
         ended = ran[self.terminals[ran] | self.timeouts[ran]]
         self.running[ended] = False
         return ended
 
-    def failure(self, slot: int, what: str) -> EnvironmentFailed:
-        """What to raise of a slot's environment, or of what stands before it, at this step."""
-        return EnvironmentFailed(f"{self._where(slot)}: {what}", slot)
+    def failure(self, index: int, what: str) -> EnvironmentFailed:
+        """What to raise of a index's environment, or of what stands before it, at this step."""
+        return EnvironmentFailed(f"{self._where(index)}: {what}", index)
 
-    def _where(self, slot: int) -> str:
-        episode = int(self.episode[slot])
+    def _where(self, index: int) -> str:
+        episode = int(self.episode[index])
         return (
-            f"{self.name}, episode {episode} (reset with seed {self.seeds[slot] + episode}), step "
-            f"{self.elapsed[slot]}"
+            f"{self.name}, episode {episode} (reset with seed {self.seeds[index] + episode}), step "
+            f"{self.elapsed[index]}"
         )
 
     def act(self, choose: Callable[[np.ndarray], Any], members: int) -> np.ndarray:

@@ -7,6 +7,7 @@ Format 1 (no ``format`` key): ``agent_config`` holds every setting, a list where
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from saferl.registry import agent_class
@@ -56,10 +57,14 @@ def upgrade_state(cls: Any, state: dict[str, Any]) -> dict[str, Any]:
     renamed = cls.renamed_state
     if not renamed:
         return state
+    patterns = [
+        (re.compile(r"agent\." + re.escape(old).replace(r"\*", r"(\w+)") + r"(?=\.|$)"),
+         "agent." + new.replace("*", r"\1"))
+        for old, new in renamed.items()
+    ]  # fmt: skip
     found = {}
     for key, tensor in state.items():
-        for old, new in renamed.items():
-            if key == f"agent.{old}" or key.startswith(f"agent.{old}."):
-                key = f"agent.{new}{key[len('agent.') + len(old) :]}"
+        for pattern, new in patterns:
+            key = pattern.sub(new, key)
         found[key] = tensor
     return found

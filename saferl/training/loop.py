@@ -166,7 +166,7 @@ class Loop:
         try:
             episodes = self.evaluator.run(self.agent.policy(), seed=EVALUATION_SEED)
         except EnvironmentFailed as error:
-            member = self.names[error.slot // self.evaluator.per_member]
+            member = self.names[error.index // self.evaluator.per_member]
             raise self._stopped_by(f"evaluation: {error} (member {member})") from error
         rows = Evaluation.from_episodes(episodes, step=self.step)
         earlier = [] if self.evaluation is None else [self.evaluation]

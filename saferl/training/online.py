@@ -42,7 +42,7 @@ class OnlineEngine(Engine):
 
     Args:
         agent: one that acts (`Agent.online`).
-        slots: an environment for each member.
+        vector_env: an environment for each member.
         steps: of the whole run.
         offline: rows of a dataset, or None.
         names: of the members, for what is said.
@@ -58,7 +58,7 @@ class OnlineEngine(Engine):
     def __init__(
         self,
         agent: Any,
-        slots: VectorEnv,
+        vector_env: VectorEnv,
         steps: int,
         offline: SharedBuffer | None = None,
         names: Sequence[str] | None = None,
@@ -67,7 +67,11 @@ class OnlineEngine(Engine):
         kind: str = "eager",
     ):
         c, seeds = agent.config, agent.seeds
-        self.slots, self.say, self.names = slots, say, names or [f"seed={s}" for s in seeds]
+        self.vector_env, self.say, self.names = (
+            vector_env,
+            say,
+            names or [f"seed={s}" for s in seeds],
+        )
         self.acting = steps - c.offline_steps  # environment steps of the run
         if c.offline_steps and offline is None:
             raise SaferlError("offline_steps update on a dataset: pass --dataset")
@@ -99,10 +103,12 @@ class OnlineEngine(Engine):
         limited = any(getattr(one, "cost_limit", None) is not None for one in self.guards)
         if np.isfinite(self.budget).any() or agent.uses_costs() or limited:
             self._need_costs()
-        slots.begin(np.array([(seed * SEEDS) % 2**31 for seed in seeds]))
-        slots.episode[:] = -1
+        vector_env.begin(np.array([(seed * SEEDS) % 2**31 for seed in seeds]))
+        vector_env.episode[:] = -1
         # Of running episodes.
-        self.actions = np.zeros((len(seeds), slots.horizon, slots.spaces.action_dim), np.float32)
+        self.actions = np.zeros(
+            (len(seeds), vector_env.horizon, vector_env.spaces.action_dim), np.float32
+        )
         self.episodes = np.zeros((len(seeds), 3))  # return, cost, length so far
         self.finished = np.zeros((len(seeds), 4))  # their sums since the last reading, and count
         self.replaced = np.zeros((len(seeds), 2))  # since the last reading, and steps
@@ -110,14 +116,14 @@ class OnlineEngine(Engine):
 
     def _need_costs(self) -> None:
         """Refuse an environment whose first step reports no cost, before the run begins."""
-        slots = self.slots
-        slots.begin(0)
-        slots.start(0, 0)
-        slots.step(slots.act(lambda rows: self._uniform(0.5), len(slots.envs)))
-        if not slots.has_costs:
+        vector_env = self.vector_env
+        vector_env.begin(0)
+        vector_env.start(0, 0)
+        vector_env.step(vector_env.act(lambda rows: self._uniform(0.5), len(vector_env.envs)))
+        if not vector_env.has_costs:
             raise SaferlError(
-                f"{slots.name} reports no cost, which a cost limit (a guard's too), a cost penalty "
-                "and an exploration budget need: wrap it in saferl.envs.CostWrapper"
+                f"{vector_env.name} reports no cost, which a cost limit (a guard's too), a "
+                "cost penalty and an exploration budget need: wrap it in saferl.envs.CostWrapper"
             )
 
     # Acting --------------------------------------------------------------------------------------
@@ -148,10 +154,10 @@ class OnlineEngine(Engine):
 
     def _act(self) -> bool:
         """One step in the environment of each member that explores; whether all went well."""
-        slots = self.slots
+        vector_env = self.vector_env
         try:
-            for m in np.flatnonzero(self.exploring & ~slots.running):
-                slots.start(m, int(slots.episode[m]) + 1)
+            for m in np.flatnonzero(self.exploring & ~vector_env.running):
+                vector_env.start(m, int(vector_env.episode[m]) + 1)
                 if self.guards:
                     self.guards[m].reset()
         except EnvironmentFailed as error:
@@ -159,16 +165,16 @@ class OnlineEngine(Engine):
             return False
         drawn = self.random.state_dict()
         guarded = [guard.state_dict() for guard in self.guards]
-        proposed = slots.act(self._choose, len(slots.envs))
-        which = np.flatnonzero(slots.running)
-        before, elapsed = slots.observations.copy(), slots.elapsed.copy()
+        proposed = vector_env.act(self._choose, len(vector_env.envs))
+        which = np.flatnonzero(vector_env.running)
+        before, elapsed = vector_env.observations.copy(), vector_env.elapsed.copy()
         try:
             actions = self._guarded(proposed, which) if self.guards else proposed
             self.actions[which, elapsed[which]] = actions[which]
-            ended = slots.step(actions)
+            ended = vector_env.step(actions)
         except EnvironmentFailed as error:
             # What the others did in this step is not in the buffer: they do it again.
-            slots.observations[:], slots.elapsed[:] = before, elapsed
+            vector_env.observations[:], vector_env.elapsed[:] = before, elapsed
             self.random.load_state_dict(drawn)
             for guard, state in zip(self.guards, guarded):
                 guard.load_state_dict(state)
@@ -186,14 +192,14 @@ class OnlineEngine(Engine):
         for m in which:
             self.proposals[m].action = proposed[m]
             try:
-                actions[m] = self.guards[m](self.slots.observations[m])
+                actions[m] = self.guards[m](self.vector_env.observations[m])
             except Exception as error:
-                raise self.slots.failure(m, f"the guard raised {one_line(error)}") from error
-        return self.slots.spaces.clip(actions)
+                raise self.vector_env.failure(m, f"the guard raised {one_line(error)}") from error
+        return self.vector_env.spaces.clip(actions)
 
     def _fail(self, error: EnvironmentFailed) -> None:
-        failed = error.slot
-        self.slots.running[failed] = False
+        failed = error.index
+        self.vector_env.running[failed] = False
         self.online.cut(failed)
         self.episodes[failed] = 0
         self.failure = SaferlError(f"{error} (member {self.names[failed]})")
@@ -214,26 +220,26 @@ class OnlineEngine(Engine):
         self, which: np.ndarray, before: np.ndarray, actions: np.ndarray, ended: np.ndarray
     ) -> None:
         """What the members ``which`` did goes to their buffers, their books and their budgets."""
-        slots = self.slots
-        over = ~slots.running[which]
+        vector_env = self.vector_env
+        over = ~vector_env.running[which]
         if self.guards:
             for m, end in zip(which, over):
-                self.guards[m].observe(slots.costs[m], end)
+                self.guards[m].observe(vector_env.costs[m], end)
         self.online.append(
-            which, over, before[which], actions[which], slots.rewards[which],
-            slots.observations[which], slots.terminals[which], slots.costs[which],
+            which, over, before[which], actions[which], vector_env.rewards[which],
+            vector_env.observations[which], vector_env.terminals[which], vector_env.costs[which],
         )  # fmt: skip
         self.episodes[which] += np.stack(
-            [slots.rewards[which], slots.costs[which], np.ones(len(which))], 1
+            [vector_env.rewards[which], vector_env.costs[which], np.ones(len(which))], 1
         )
-        self.spent[which] += slots.costs[which]
+        self.spent[which] += vector_env.costs[which]
         for m in ended:
             self.online.finish_episode(m, int(self.episodes[m, 2]))
             self.finished[m, :3] += self.episodes[m]
             self.finished[m, 3] += 1
             self.episodes[m] = 0
         for m in which[self.spent[which] >= self.budget[which]]:
-            self.exploring[m] = slots.running[m] = False
+            self.exploring[m] = vector_env.running[m] = False
             self.online.cut(m)
             self.say(
                 f"member {self.names[m]} stops exploring at step {self.steps + 1}: it has spent a "
@@ -261,19 +267,19 @@ class OnlineEngine(Engine):
         if self.guards and self.replaced[:, 1].all():
             means["guard_changed"] = self.replaced[:, 0] / self.replaced[:, 1]
             self.replaced[:] = 0
-        if self.slots.has_costs:
+        if self.vector_env.has_costs:
             means["exploration_cost"] = self.spent.copy()
         if np.isfinite(self.budget).any():
             means["exploring"] = self.exploring.astype(float)
         return means
 
     def state_dict(self) -> dict[str, Tensor]:
-        slots, state = self.slots, super().state_dict()
+        vector_env, state = self.vector_env, super().state_dict()
         for name, array in {
             "spent": self.spent, "exploring": self.exploring, "episodes": self.episodes,
             "finished": self.finished, "last": self.last, "replaced": self.replaced,
-            "actions": self.actions, "episode": slots.episode, "elapsed": slots.elapsed,
-            "running": slots.running, "observations": slots.observations,
+            "actions": self.actions, "episode": vector_env.episode, "elapsed": vector_env.elapsed,
+            "running": vector_env.running, "observations": vector_env.observations,
         }.items():  # fmt: skip
             state[f"acting.{name}"] = torch.from_numpy(array.copy())
         if self.guards:
@@ -283,21 +289,24 @@ class OnlineEngine(Engine):
         state["acting.random"] = self.random.state_dict()["state"]
         state["steps"] = torch.tensor(self.steps)
         state["acted"] = torch.tensor(self.mixed.env_steps)
-        state["has_costs"] = torch.tensor(self.slots.has_costs)
+        state["has_costs"] = torch.tensor(self.vector_env.has_costs)
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        slots, acting = self.slots, part(state, "acting.")
+        vector_env, acting = self.vector_env, part(state, "acting.")
         self.random.load_state_dict({"state": acting.pop("random")})
         self.steps, self.mixed.env_steps = int(state["steps"]), int(state["acted"])
-        slots.has_costs = bool(state["has_costs"])
+        vector_env.has_costs = bool(state["has_costs"])
         values = {name: tensor.numpy().copy() for name, tensor in acting.items()}
         own = ("spent", "exploring", "episodes", "finished", "last", "replaced", "actions")
         for name in own:
             setattr(self, name, values[name])
-        slots.episode[:] = values["episode"]
-        slots.elapsed[:], slots.observations[:] = values["elapsed"], values["observations"]
+        vector_env.episode[:] = values["episode"]
+        vector_env.elapsed[:], vector_env.observations[:] = (
+            values["elapsed"],
+            values["observations"],
+        )
         same = np.zeros(len(self.names), bool)
         for m in np.flatnonzero(values["running"]):
             same[m] = self._replay(m, int(values["elapsed"][m]), values["observations"][m])
@@ -305,30 +314,30 @@ class OnlineEngine(Engine):
                 self.online.cut(m)
                 self.episodes[m] = 0
                 self.say(
-                    f"{slots.name} does not come back to where it was from its seed and the same "
-                    f"actions: member {self.names[m]} begins a new episode"
+                    f"{vector_env.name} does not come back to where it was from its seed and "
+                    f"the same actions: member {self.names[m]} begins a new episode"
                 )
-        slots.running[:] = same
+        vector_env.running[:] = same
         guards = part(state, "guard.")
         for m, guard in enumerate(self.guards):
             guard.load_state_dict({name: value[m] for name, value in guards.items()})
 
     def _replay(self, member: int, elapsed: int, observation: np.ndarray) -> bool:
         """Bring an environment to where it stood ``elapsed`` steps into its episode."""
-        slots = self.slots
-        slots.running[:] = False
+        vector_env = self.vector_env
+        vector_env.running[:] = False
         try:
-            slots.start(member, int(slots.episode[member]))
+            vector_env.start(member, int(vector_env.episode[member]))
             for step in range(elapsed):
-                slots.step(self.actions[:, step])
-                if not slots.running[member]:
+                vector_env.step(self.actions[:, step])
+                if not vector_env.running[member]:
                     return False
         except EnvironmentFailed:
             return False
-        return np.array_equal(slots.observations[member], observation)
+        return np.array_equal(vector_env.observations[member], observation)
 
     def close(self) -> None:
-        self.slots.close()
+        self.vector_env.close()
 
 
 class _Proposal:

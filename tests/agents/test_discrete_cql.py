@@ -59,7 +59,7 @@ def test_updates_are_the_reference(float64, settings, member):
     agent = make("discrete_cql", lr=1e-2, **{"tau": 0.1} | settings)
     worth = agent.column("ood_value")[member]
     if agent.guardian is not None:
-        agent._outside = refuses
+        agent._is_ood = refuses
     c, count = agent.config, max(1, settings.get("quantiles", 0))
     critics = nets(agent.actor, member)
     targets = [critic.copy() for critic in critics]
@@ -76,9 +76,9 @@ def test_updates_are_the_reference(float64, settings, member):
         best = sum(values(net, s2).mean(-1) for net in chooser).argmax(-1)
         loss, gaps = 0.0, []
         for net, target_net in zip(critics, targets):
-            predicted, ahead = values(net, s), values(target_net, s2)
+            predicted, next_q = values(net, s), values(target_net, s2)
             for row in range(len(r)):
-                following = ahead[row, best[row]]
+                following = next_q[row, best[row]]
                 if agent.guardian is not None and refuses(s2[row], best[row]):
                     following = torch.full_like(following, worth)
                 y = (r[row] + 0.99 * (1 - terminal[row]) * following).detach()
@@ -145,17 +145,17 @@ def test_the_guardian_answers_for_raw_states_whether_from_a_table_or_not(monkeyp
     dataset = logged(True)
     agent = fitted(dataset, guardian="knn", alpha=0.3)
     assert agent.spec.observation_mean  # the buffer's rows are not the raw ones
-    assert (agent.answers.outside is None) == (most == 0)
+    assert (agent.ood_table.flagged is None) == (most == 0)
     seen = torch.from_numpy(agent.spec.observations(dataset.next_observations))
     for action in range(4):
         actions = np.full(len(dataset), action)
         expected = agent.guardian.is_ood(dataset.next_observations, actions)
         assert 0 < expected.mean() < 1
-        found = agent._outside(seen[None], torch.from_numpy(actions)[None])[0].bool().numpy()
+        found = agent._is_ood(seen[None], torch.from_numpy(actions)[None])[0].bool().numpy()
         assert (found == expected).mean() > (0.999 if most else 0.98)  # rounding, where not hashed
     if most:  # what was never logged is out of the data
         elsewhere = torch.full((1, 1, seen.shape[1]), 0.123)
-        assert agent._outside(elsewhere, torch.zeros(1, 1, dtype=torch.int64)) == 1
+        assert agent._is_ood(elsewhere, torch.zeros(1, 1, dtype=torch.int64)) == 1
 
 
 def test_a_guardian_reaches_the_critics_through_refused_pairs_alone():
@@ -164,9 +164,7 @@ def test_a_guardian_reaches_the_critics_through_refused_pairs_alone():
     batch = batch_of(plain, dataset)
 
     def after(agent, refused: float):
-        agent._outside = lambda observations, actions: torch.full_like(
-            observations[..., 0], refused
-        )
+        agent._is_ood = lambda observations, actions: torch.full_like(observations[..., 0], refused)
         agent.update(batch)
         return [p.detach().clone() for p in agent.actor.parameters()]
 
@@ -192,7 +190,7 @@ def test_pairs_that_were_never_logged_are_refused():
     agent = fitted(dataset, guardian="count", alpha=0.1, normalize_observations=False)
     seen = torch.from_numpy(code)[None].repeat(3, 1, 1)
     asked = torch.arange(3)[:, None].expand(3, 3)  # action a in every state
-    assert agent._outside(seen, asked).tolist() == [[0, 0, 0], [0, 1, 1], [1, 1, 1]]
+    assert agent._is_ood(seen, asked).tolist() == [[0, 0, 0], [0, 1, 1], [1, 1, 1]]
 
 
 def test_balancing_gives_every_class_the_mean_size():

@@ -15,7 +15,7 @@ from saferl.registry import agent_class
 from saferl.rng import MemberRandom
 from saferl.spec import Spec
 
-from . import reference
+from . import plain
 from .plain import MEMBERS, A, B, Net, adam, descend, member_of, moved
 
 IMAGE = (3, 12, 13)
@@ -35,7 +35,7 @@ def make_batch(agent, seed: int = 0):
     random = torch.Generator().manual_seed(seed)
     shape = (agent.members, B, *IMAGE)
     pixels = torch.randint(256, (2, *shape), generator=random, dtype=torch.uint8)
-    batch = reference.make_batch(agent, seed)
+    batch = plain.make_batch(agent, seed)
     return batch._replace(observations=pixels[0], next_observations=pixels[1])
 
 

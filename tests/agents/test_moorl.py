@@ -23,7 +23,7 @@ from saferl.training.online import OnlineEngine
 from tests.conftest import PointEnv, point_dataset
 from tests.training.test_online import Cliff
 
-from . import limited
+from . import plain
 from .plain import MEMBERS, B, PlainSAC, adam, make, make_batch, member_of
 
 RATES = {"actor_lr": 1e-2, "critic_lr": 2e-2, "temperature_lr": 3e-2, "tau": 0.1,
@@ -361,21 +361,21 @@ def test_an_adapted_policy_is_k_steps_ahead_and_changes_nothing():
 
 
 def test_under_a_limit_the_cost_critic_is_meta_averaged_too():
-    agent = limited.make(MOORL, cost_limit=1.0, inner_steps=2, batch_size=B, eta=0.25)
+    agent = plain.make(MOORL, cost_limit=1.0, inner_steps=2, batch_size=B, eta=0.25)
     start = [p.detach().clone() for p in agent.cost_critic.online.parameters()]
-    plain = limited.make(MOORL, cost_limit=1.0, inner_steps=2, batch_size=B, eta=1.0)
-    batch = limited.costly(agent, 1, agent.batch_rows)
-    for one in (agent, plain):
+    whole = plain.make(MOORL, cost_limit=1.0, inner_steps=2, batch_size=B, eta=1.0)
+    batch = plain.costly(agent, 1, agent.batch_rows)
+    for one in (agent, whole):
         one.update(batch)
     for slow, fast, before in zip(agent.cost_critic.online.parameters(),
-                                  plain.cost_critic.online.parameters(), start):  # fmt: skip
+                                  whole.cost_critic.online.parameters(), start):  # fmt: skip
         torch.testing.assert_close(slow, before + 0.25 * (fast - before))
         assert not torch.equal(fast, before)
 
 
 def test_a_meta_gradient_moves_the_cost_critic_from_where_it_was():
     """From φ_m by -η times its gradient at the fast weights, on rows that no inner step saw."""
-    agent = limited.make(
+    agent = plain.make(
         MOORL, cost_limit=1.0, inner_steps=2, batch_size=B, eta=1e-9, meta_step="gradient",
         actor_steps="all",
     )  # fmt: skip
@@ -385,18 +385,18 @@ def test_a_meta_gradient_moves_the_cost_critic_from_where_it_was():
     seen = []
     inner = agent.inner_loop
     agent.inner_loop = lambda batch: (seen.append(batch), inner(batch))[1]
-    agent.update(limited.costly(agent, 1, agent.batch_rows))
+    agent.update(plain.costly(agent, 1, agent.batch_rows))
     for now, before in zip(moved, start):
         torch.testing.assert_close(now, before, rtol=0, atol=1e-6)
     assert seen[0].rewards.shape[1] == 2 * B and agent.batch_rows == 3 * B
     one, two = (
-        limited.make(MOORL, cost_limit=1.0, inner_steps=2, batch_size=B, eta=eta,
+        plain.make(MOORL, cost_limit=1.0, inner_steps=2, batch_size=B, eta=eta,
                      meta_step="gradient")
         for eta in (0.1, 0.2)
     )  # fmt: skip
     for each in (one, two):
         before = [p.detach().clone() for p in each.cost_critic.online.parameters()]
-        each.update(limited.costly(each, 1, each.batch_rows))
+        each.update(plain.costly(each, 1, each.batch_rows))
         each.moved = [p - b for p, b in zip(each.cost_critic.online.parameters(), before)]
     for short, long in zip(one.moved, two.moved):
         assert short.any()

@@ -67,14 +67,14 @@ def make(discrete: bool, dataset: Dataset | None = None, members=MEMBERS, **sett
 def played(agent):
     """What the agent's next update will play, its random stream left as it was."""
     state = agent.random.state_dict()
-    rollout = agent._play(agent.models[0])
+    rollout = agent._simulate(agent.models[0])
     agent.random.load_state_dict(state)
     return rollout
 
 
 def seen(agent, rollout) -> Tensor:
     """Observations ``[M, N, H + 1, O]`` of all places in the agent's units."""
-    return (agent.world.see(rollout.places) - agent._mean) / agent._std
+    return (agent.world.see(rollout.states) - agent._mean) / agent._std
 
 
 # One update is the equations ---------------------------------------------------------------------
@@ -87,10 +87,10 @@ class Reference:
         rollout = played(agent)
         observations = seen(agent, rollout)
         self.critics = nets(agent.critic, member)
-        spared_net, shift, scale = (
-            nets(agent.spared.net, member)[0],
-            agent.spared.shift[member].item(),
-            agent.spared.scale[member].item(),
+        cost_net, shift, scale = (
+            nets(agent.cost_to_go.net, member)[0],
+            agent.cost_to_go.shift[member].item(),
+            agent.cost_to_go.scale[member].item(),
         )
         self.episodes = []  # of each: states, actions, signals per critic, advantages, targets
         self.discounts = discounts
@@ -108,8 +108,8 @@ class Reference:
             columns = [rewards.tolist(), ood]
             if len(discounts) == 3:
                 cost = rollout.costs[member, n, :steps, 0].tolist()
-                spared = [max(shift + scale * spared_net(s).item(), 0.0) for s in states]
-                columns.append([c + o * v for c, o, v in zip(cost, ood, spared)])
+                cost_to_go = [max(shift + scale * cost_net(s).item(), 0.0) for s in states]
+                columns.append([c + o * v for c, o, v in zip(cost, ood, cost_to_go)])
             all_advantages, all_targets = [], []
             for k, (critic, gamma) in enumerate(zip(self.critics, discounts)):
                 v = [critic(s).item() for s in states]
@@ -184,7 +184,7 @@ def check_cpo(
         cost_discount=gamma_c, damping=damping, cg_iterations=120, critic_lr=1e-2, **settings,
     )  # fmt: skip
     # Networks are asked about all states where the steps played are more than those.
-    assert (agent._rows(torch.zeros(2, 1).long(), None).places is None) == (not states)
+    assert (agent._rows(torch.zeros(2, 1).long(), None).lookup is None) == (not states)
     reference = Reference(agent, member, (gamma, gamma, gamma_c), 0.95)
     j_ood, j_cost = reference.totals[1:]
     unit = sum(gamma_c**t for t in range(LENGTH)) / LENGTH
@@ -361,9 +361,9 @@ def test_rollouts_replay_the_model_and_end_where_it_does(discrete):
     dataset = logged(discrete)
     agent = make(discrete, dataset, guardian="none", cost_limit=1.0, episodes=40, horizon=6,
                  normalize_observations=True)  # fmt: skip
-    rollout = agent._play(agent.models[0])
+    rollout = agent._simulate(agent.models[0])
     spec = agent.spec
-    raw = agent.world.see(rollout.places)
+    raw = agent.world.see(rollout.states)
     scaled = (raw - torch.tensor(spec.observation_mean)) / torch.tensor(spec.observation_std)
     torch.testing.assert_close(seen(agent, rollout), scaled)
     first = dataset.observations[dataset.episodes[:, 0]]
@@ -394,13 +394,13 @@ def test_rollouts_replay_the_model_and_end_where_it_does(discrete):
 def test_absorbing_ends_at_the_first_unsupported_step(discrete):
     plain = make(discrete, ood_mode="constraint", episodes=60, cost_limit=1.0)
     absorbing = make(discrete, episodes=60, cost_limit=1.0)
-    one, two = (a._play(a.models[0]) for a in (plain, absorbing))
+    one, two = (a._simulate(a.models[0]) for a in (plain, absorbing))
     scale, shift = torch.ones(()), torch.zeros(())
     if not discrete:
         scale, shift = plain._half_range, plain._center
     for agent, rollout in ((plain, one), (absorbing, two)):
         actions = rollout.actions if discrete else rollout.actions.clamp(-1, 1) * scale + shift
-        observations = agent.world.see(rollout.places)[:, :, :-1]
+        observations = agent.world.see(rollout.states)[:, :, :-1]
         outside = agent.guardian.is_ood(observations, actions) & (rollout.alive > 0)
         assert torch.equal(rollout.ood > 0, outside)
     # The same start, the same draws: equal up to the first unsupported step.
@@ -436,10 +436,10 @@ def test_tables_of_counted_states_are_guardian_and_model():
                 for one, two in zip(walked[1:], stepped[1:]):
                     assert torch.equal(one, two)
                 assert torch.equal(states[walked.next_observations], stepped.next_observations)
-    assert make(False).world.outside is None and make(False).world.states is None
+    assert make(False).world.flagged is None and make(False).world.states is None
 
 
-def test_what_is_spared_by_leaving_is_what_the_data_spent():
+def test_leaving_the_support_is_charged_the_behaviour_cost_to_go():
     """Regression on the discounted costs that logged episodes had yet to spend, state by state."""
     dataset = logged(True, episodes=200, states=5)
     settings = {"cost_limit": 1.0, "cost_discount": 0.5, "hidden": [32], "critic_lr": 1e-2}
@@ -449,12 +449,12 @@ def test_what_is_spared_by_leaving_is_what_the_data_spent():
              for t in range(len(train))]  # fmt: skip
     for state in np.unique(train.observations, axis=0):
         mean = np.mean(np.array(to_go)[(train.observations == state).all(1)])
-        for found in agent.spared(torch.tensor(state).expand(2, 1, -1)).detach():
+        for found in agent.cost_to_go(torch.tensor(state).expand(2, 1, -1)).detach():
             assert float(found) == pytest.approx(mean, abs=0.08)
-    rollout = agent._play(agent.models[0])
+    rollout = agent._simulate(agent.models[0])
     charged = agent._signals(rollout)[..., 2] - rollout.costs[..., 0]
-    every = agent.spared(agent.world.states.expand(2, -1, -1))
-    expected = every.gather(1, rollout.places[:, :, :-1].flatten(1, 2)).view_as(charged)
+    every = agent.cost_to_go(agent.world.states.expand(2, -1, -1))
+    expected = every.gather(1, rollout.states[:, :, :-1].flatten(1, 2)).view_as(charged)
     torch.testing.assert_close(charged, expected * rollout.ood)
     assert rollout.ood.any()
 
@@ -462,7 +462,7 @@ def test_what_is_spared_by_leaving_is_what_the_data_spent():
 def test_a_mask_leaves_supported_actions_in_training_and_after():
     dataset = logged(True)
     agent = make(True, dataset, ood_mode="mask", cost_limit=1.0, episodes=200)
-    rollout = agent._play(agent.models[0])
+    rollout = agent._simulate(agent.models[0])
     states = agent.world.states.expand(2, -1, -1)
     every = torch.arange(4)
     outside = agent.guardian.is_ood(states[..., None, :], every)
@@ -474,7 +474,7 @@ def test_a_mask_leaves_supported_actions_in_training_and_after():
     assert torch.equal(allowed[none], F.one_hot(best[none], 4).bool())
     chosen = rollout.allowed.gather(-1, rollout.actions[..., None])[..., 0]
     assert chosen.all()
-    assert torch.equal(rollout.allowed, agent.world.allowed(rollout.places[:, :, :-1], 4))
+    assert torch.equal(rollout.allowed, agent.world.allowed(rollout.states[:, :, :-1], 4))
     agent.update(None)
     policy = agent.policy()
     for actions in (policy(states), policy.sample(states, MemberRandom(MEMBERS))):
@@ -486,7 +486,7 @@ def test_a_mask_leaves_supported_actions_in_training_and_after():
 def test_a_penalty_is_paid_from_the_step_to_the_horizon():
     agent = make(True, optimiser="trpo", ood_mode="penalty", ood_penalty=7.0, discount=0.9,
                  horizon=5, reward_scale=2.0, reward_shift=-1.0)  # fmt: skip
-    rollout = agent._play(agent.models[0])
+    rollout = agent._simulate(agent.models[0])
     signals = agent._signals(rollout)[..., 0]
     seen = set()
     for m, n in np.ndindex(2, 6):

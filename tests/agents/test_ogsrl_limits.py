@@ -137,7 +137,7 @@ def test_the_margin_comes_from_models_of_episodes_kept_aside():
     assert not make(True, cost_limit=2.0).limits.margin().any()
 
 
-def test_an_excess_that_stays_is_owed():
+def test_integral_term_grows_with_a_standing_excess():
     """Budgets 2, 10 and none; J of the first stays at 3 for three updates and then falls."""
     limits = Limits(1, ("ood", "cost", "other"), 0)
     limits.budget.copy_(torch.tensor([[2.0, 10.0, math.inf]]))
@@ -149,25 +149,25 @@ def test_an_excess_that_stays_is_owed():
     for total in (3.0, 3.0, 3.0, 1.0, 1.0, 1.0):
         totals = torch.tensor([[total, 3 * total, 5.0]])
         found.append(limits.excess(totals, 1.0)[0].tolist())
-        limits.owe(0.25, acted)
+        limits.integrate(0.25, acted)
         bare.append(plain.excess(totals, 0.5)[0].tolist())
-        plain.owe(0.0, acted)
+        plain.integrate(0.0, acted)
         helpless.excess(totals, 1.0)
-        helpless.owe(0.25, ~acted)
-        assert not helpless.owed.any()  # no step could have cured it
+        helpless.integrate(0.25, ~acted)
+        assert not helpless.integral.any()  # no step could have cured it
     first, second, third = zip(*found)
     assert first == (1.0, 1.25, 1.5, -0.25, -0.5, -0.75)
-    assert second == (-1.0, -1.0, -1.0, -7.0, -7.0, -7.0)  # within its budget: nothing is owed
+    assert second == (-1.0, -1.0, -1.0, -7.0, -7.0, -7.0)  # within its budget
     assert set(third) == {-math.inf}
     # Running means: 3, 3, 3, then halfway to 1 each time.
     assert [row[0] for row in bare] == [1.0, 1.0, 1.0, 0.0, -0.5, -0.75]
     for _ in range(100):
         limits.excess(torch.tensor([[30.0, 0.0, 5.0]]), 1.0)
-        limits.owe(0.25, acted)
-    assert limits.owed[0].tolist() == [2.0, 0.0, 0.0]  # no more than the budget
+        limits.integrate(0.25, acted)
+    assert limits.integral[0].tolist() == [2.0, 0.0, 0.0]  # no more than the budget
     limits.excess(torch.tensor([[1.0, 0.0, 5.0]]), 1.0)
-    limits.owe(0.25, ~acted)
-    assert limits.owed[0].tolist() == [1.75, 0.0, 0.0]  # worked off whether acted on or not
+    limits.integrate(0.25, ~acted)
+    assert limits.integral[0].tolist() == [1.75, 0.0, 0.0]  # worked off whether acted on or not
 
 
 @pytest.mark.parametrize("optimiser", ["cpo", "ppo_lag"])
@@ -248,7 +248,7 @@ def test_the_ood_budget_bounds_the_chance_of_leaving(absorb):
 @pytest.mark.parametrize("mode", ["constraint_absorb", "constraint"])
 def test_the_estimate_of_the_agent_bounds_the_share_that_leaves(mode):
     agent = make(True, ood_mode=mode, episodes=300, horizon=8, discount=0.95)
-    rollout = agent._play(agent.models[0])
+    rollout = agent._simulate(agent.models[0])
     values = agent._values(rollout)
     totals = agent._totals(rollout, agent._signals(rollout), values)
     left = (rollout.ood.sum(-1) > 0).float().mean(-1)

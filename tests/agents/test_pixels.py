@@ -239,10 +239,10 @@ def test_what_pixels_cannot_do():
 
 def test_padding_is_drawn_for_pixels_alone():
     """On vectors the fields for pixels change nothing."""
-    from . import reference
+    from . import plain
 
-    agents = [reference.make("sac"), reference.make("sac", pad=9, features=3, channels=[2])]
+    agents = [plain.make("sac"), plain.make("sac", pad=9, features=3, channels=[2])]
     for agent in agents:
-        agent.update(reference.make_batch(agent))
+        agent.update(plain.make_batch(agent))
     one, two = (agent.state_dict() for agent in agents)
     assert all(torch.equal(one[key], two[key]) for key in one)

@@ -9,7 +9,7 @@ import torch
 from saferl.errors import SaferlError
 from saferl.registry import agent_class
 
-from . import limited
+from . import plain
 from .plain import MEMBERS, B, PlainSAC, gradients, make, make_batch, moved
 
 RATES = {"actor_lr": 1e-2, "critic_lr": 2e-2, "temperature_lr": 3e-2, "tau": 0.1,
@@ -76,7 +76,7 @@ def test_coefficients_reach(before, after):
 
 
 def test_a_price_on_data_without_costs_is_refused():
-    data, cls = limited.bare(limited.walk()), agent_class("sac")
+    data, cls = plain.bare(plain.walk()), agent_class("sac")
     with pytest.raises(SaferlError, match="a cost_penalty is set but .* has no costs"):
         cls.prepare(data, cls.make_config({"cost_penalty": [0.0, 1.0]}))
     assert cls.prepare(data, cls.make_config({})) is data
@@ -105,17 +105,17 @@ def test_the_target_draws_other_critics_each_time():
 
 
 def test_without_a_limit_there_is_no_cost_critic():
-    agent = limited.make(type(make("sac")))
+    agent = plain.make(type(make("sac")))
     assert agent.constraint is None and not hasattr(agent, "cost_critic")
 
 
 def test_under_a_limit_the_actor_follows_the_penalised_value(float64):
     """One update from agents/shared/constraint.py's equations, at a multiplier that is not 0."""
     cls = type(make("sac"))
-    agent = limited.make(cls, **RATES, cost_limit=2.0, multiplier_lr=0.3)
+    agent = plain.make(cls, **RATES, cost_limit=2.0, multiplier_lr=0.3)
     agent.constraint.multipliers.level.fill_(0.5)
-    agent.update(limited.costly(agent, 1))  # c̄ and the critics leave their start
-    batch = limited.costly(agent, 2)
+    agent.update(plain.costly(agent, 1))  # c̄ and the critics leave their start
+    batch = plain.costly(agent, 2)
     rho = agent.constraint.multiplier()
     agent.constraint.observe(batch.costs)  # as `learn_costs` does, here for the expectation
     spent = agent.constraint.cost_mean * agent.constraint.steps
@@ -140,17 +140,17 @@ def test_the_limit_reaches_actor_and_multiplier_and_costs_reach_the_cost_critic(
     cls = type(make("sac"))
 
     def after(limit: float, scale: float = 1.0):
-        agent = limited.make(cls, cost_limit=limit, multiplier_lr=1.0)
+        agent = plain.make(cls, cost_limit=limit, multiplier_lr=1.0)
         for step in range(3):
-            batch = limited.costly(agent, step)
+            batch = plain.costly(agent, step)
             agent.update(batch._replace(costs=scale * batch.costs))
         return agent
 
     tight, loose, dear = after(0.1), after(1e6), after(0.1, 3.0)
     assert (tight.constraint.multiplier() > 0).all()
     assert (loose.constraint.multiplier() == 0).all()
-    assert limited.differing(tight, loose) >= {"actor.mlp"}
-    assert limited.differing(tight, dear) >= {"cost_critic.online", "actor.mlp"}
+    assert plain.differing(tight, loose) >= {"actor.mlp"}
+    assert plain.differing(tight, dear) >= {"cost_critic.online", "actor.mlp"}
 
 
 def test_settings_out_of_range_are_one_line():

@@ -24,10 +24,6 @@ from saferl.agents.ogsrl.trust_region import (
     trpo_step,
 )
 
-from .reference import float64
-
-__all__ = ["float64"]
-
 DELTA, P, PROBLEMS = 0.01, 6, 400
 
 

@@ -40,11 +40,11 @@ class Told(gymnasium.Env):
 
 def played(env, count: int) -> list:
     """What the environment is told when actions 0 … count - 1 are executed."""
-    slots = VectorEnv(lambda: env, 1, 100)
-    slots.begin(0)
-    slots.start(0, 0)
+    vector_env = VectorEnv(lambda: env, 1, 100)
+    vector_env.begin(0)
+    vector_env.start(0, 0)
     for action in range(count):
-        slots.step(np.array([action]))
+        vector_env.step(np.array([action]))
     return env.unwrapped.actions
 
 
@@ -83,7 +83,7 @@ def test_several_numbers_without_the_wrapper_are_an_error_that_says_how():
 
 
 def test_data_that_count_from_one_are_told_how_to_be_loaded():
-    slots = VectorEnv(lambda: Told(Discrete(4, start=1)), 1, 100)
+    vector_env = VectorEnv(lambda: Told(Discrete(4, start=1)), 1, 100)
     with pytest.raises(SaferlError, match="one of 4 .*one of 5 .*load them with action_start=1"):
-        slots.check(Spec(2, 5, discrete=True))
-    slots.check(Spec(2, 4, discrete=True))
+        vector_env.check(Spec(2, 5, discrete=True))
+    vector_env.check(Spec(2, 4, discrete=True))

@@ -326,12 +326,12 @@ def test_collecting_is_deterministic_and_its_sampling_is_optional():
     assert (other["actions"] != first["actions"]).any()
     assert (collect()["actions"] == 0).all()
     # How many episodes run side by side changes nothing that is recorded.
-    for name, value in collect(slots=3).items():
-        np.testing.assert_array_equal(value, collect(slots=40)[name])
+    for name, value in collect(envs=3).items():
+        np.testing.assert_array_equal(value, collect(envs=40)[name])
 
 
 def test_a_cut_episode_is_a_timeout_and_a_simultaneous_end_a_terminal():
-    arrays = collect_transitions(Constant(1.0), Count, 60, slots=4, horizon=4)
+    arrays = collect_transitions(Constant(1.0), Count, 60, envs=4, horizon=4)
     lengths = episodes_of(arrays)
     natural = np.array(lengths_of(range(len(lengths))))
     assert lengths.tolist() == np.minimum(natural, 4).tolist()
@@ -355,7 +355,7 @@ def test_equal_episodes_give_exactly_the_steps_asked_for():
             started.append(seed)
             return super().reset(seed=seed)
 
-    assert len(collect_transitions(Constant(1.0), Counted, 100, slots=6)["rewards"]) == 100
+    assert len(collect_transitions(Constant(1.0), Counted, 100, envs=6)["rewards"]) == 100
     assert started == list(range(20))  # none was played in vain
 
 

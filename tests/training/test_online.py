@@ -166,7 +166,7 @@ def test_offline_steps_come_first_and_touch_no_environment(point):
     engine = engine_for(data=point, offline_steps=12)
     engine.run(12)
     assert engine.agent.updates == 12 and not engine.online.added.any()
-    assert engine.slots.episode.tolist() == [-1, -1]
+    assert engine.vector_env.episode.tolist() == [-1, -1]
     engine.run(10)
     assert engine.agent.updates == 12 + 5 and engine.online.sizes.tolist() == [10, 10]
 
@@ -564,11 +564,13 @@ def test_bad_input_is_one_line(tmp_path, options, message):
 
 def test_a_graph_cannot_hold_an_environments_steps():
     from saferl.registry import agent_class
+    from saferl.runs.config import RunConfig
     from saferl.training.train import _check_machine
 
-    _check_machine(agent_class("sac"), "auto", "fp32", torch.device("cuda"))
+    sac, gpu = agent_class("sac"), torch.device("cuda")
+    _check_machine(sac, RunConfig("sac"), gpu)
     with pytest.raises(SaferlError, match="between its updates, use eager or compile"):
-        _check_machine(agent_class("sac"), "cuda_graph", "fp32", torch.device("cuda"))
+        _check_machine(sac, RunConfig("sac", engine="cuda_graph"), gpu)
 
 
 def test_a_run_that_compiles_resumes(point, tmp_path, monkeypatch):

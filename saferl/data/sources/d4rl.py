@@ -115,14 +115,14 @@ def _with_timeouts(arrays: dict[str, Any]) -> dict[str, Any]:
     """
     if arrays.get("timeouts") is None and arrays.get("next_observations") is not None:
         observations = np.asarray(arrays["observations"])
-        following = np.asarray(arrays["next_observations"])
+        next_observations = np.asarray(arrays["next_observations"])
         n = len(observations)
-        if following.shape != observations.shape:
+        if next_observations.shape != observations.shape:
             return arrays  # `validate.prepare` says what is wrong
         cut = np.zeros(n, bool)
         for part in validate.chunks(n - 1):
             stop = min(part.stop, n - 1)
-            same = following[part.start : stop] == observations[part.start + 1 : stop + 1]
+            same = next_observations[part.start : stop] == observations[part.start + 1 : stop + 1]
             cut[part.start : stop] = ~same.reshape(len(same), -1).all(1)
         terminals = np.asarray(arrays["terminals"]).reshape(-1).astype(bool)
         if len(terminals) == n:

@@ -242,10 +242,10 @@ def _categories(frame: Any, roles: dict[str, list[Any]]) -> dict[Any, tuple]:
             found[name] = [_value(value) for value in own]
         else:
             found[name] = sorted({_value(value) for value in frame[name].dropna()}, key=str)
-    for one, following in zip(roles["observations"], roles.get("next_observations", ())):
-        if one in found or following in found:
-            both = [*found.get(one, ()), *found.get(following, ())]
-            found[one] = found[following] = list(dict.fromkeys(both))
+    for one, next_column in zip(roles["observations"], roles.get("next_observations", ())):
+        if one in found or next_column in found:
+            both = [*found.get(one, ()), *found.get(next_column, ())]
+            found[one] = found[next_column] = list(dict.fromkeys(both))
     return {name: tuple(values) for name, values in found.items()}
 
 

@@ -83,7 +83,11 @@ class Guardian(DataBuffers):
     # What a back end provides.
 
     def _fit(
-        self, features: Tensor, weights: Tensor | None, groups: np.ndarray | None, following: Any
+        self,
+        features: Tensor,
+        weights: Tensor | None,
+        groups: np.ndarray | None,
+        next_observations: Any,
     ) -> None:
         """Learn from features ``[N, D]`` and weights ``[N]``; ``self.rows`` holds the raw rows."""
         raise NotImplementedError

@@ -170,7 +170,7 @@ class PSoS(_Polynomial):
             raise SaferlError(f"trim is a share of rows from 0 to below 1; got {trim}")
         self.trim, self.rounds, self.tolerance = trim, rounds, tolerance
 
-    def _fit(self, features, weights, groups, following) -> None:
+    def _fit(self, features, weights, groups, next_observations) -> None:
         e = self._monomials(features)
         n, p = e.shape
         kept = n - int(self.trim * n)
@@ -207,7 +207,7 @@ class Christoffel(_Polynomial):
         super().__init__(features, degree)
         self.ridge = ridge
 
-    def _fit(self, features, weights, groups, following) -> None:
+    def _fit(self, features, weights, groups, next_observations) -> None:
         e = self._monomials(features)
         w = torch.ones(len(e), dtype=e.dtype, device=e.device) if weights is None else weights
         self.root = inverse_root(e.T @ ((w / w.sum())[:, None] * e), self.ridge)
@@ -231,7 +231,7 @@ class Mahalanobis(Guardian):
         self.ridge = ridge
         self.declare("mean", "root")
 
-    def _fit(self, features, weights, groups, following) -> None:
+    def _fit(self, features, weights, groups, next_observations) -> None:
         x = features.double()
         w = torch.ones(len(x), dtype=x.dtype, device=x.device) if weights is None else weights
         w = w / w.sum()
@@ -273,7 +273,7 @@ class GMM(Guardian):
         self.components, self.ridge, self.seed = components, ridge, seed
         self.declare("means", "roots", "log_norms")
 
-    def _fit(self, features, weights, groups, following) -> None:
+    def _fit(self, features, weights, groups, next_observations) -> None:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
 

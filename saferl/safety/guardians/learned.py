@@ -79,23 +79,23 @@ class Ensemble(Guardian):
         self.declare("output_scale")
         self.network: Any = None  # an `MLP`, once fitted
 
-    def _fit(self, features, weights, groups, following) -> None:
+    def _fit(self, features, weights, groups, next_observations) -> None:
         observations = self.rows[:, : self.feature_map.observation_dim]
         if self._model[0] is not None:
             self.output_scale = self._scale(observations)
             return
-        if following is None:
+        if next_observations is None:
             raise SaferlError("pass next_observations= to fit, or model= to the ensemble guardian")
-        following = as_tensor(following, self.device).float()
-        if following.shape != observations.shape:
+        next_observations = as_tensor(next_observations, self.device).float()
+        if next_observations.shape != observations.shape:
             raise SaferlError(
-                f"next_observations {list(following.shape)} must have the shape of observations, "
-                f"{list(observations.shape)}"
+                f"next_observations {list(next_observations.shape)} must have the shape of "
+                f"observations, {list(observations.shape)}"
             )
-        if not following.isfinite().all():
+        if not next_observations.isfinite().all():
             raise SaferlError("next_observations hold values that are not finite: remove the rows")
         # What is learnt is the change, in its own units; disagreement counts in the observation's.
-        change = following - observations
+        change = next_observations - observations
         scale = self._scale(change)
         targets = (change - change.mean(0)) / scale
         self.output_scale = self._scale(observations) / scale
@@ -169,7 +169,7 @@ class VAE(Guardian):
         self.encoder: Any = None  # `MLP`s, once fitted
         self.decoder: Any = None
 
-    def _fit(self, features, weights, groups, following) -> None:
+    def _fit(self, features, weights, groups, next_observations) -> None:
         n, dim = features.shape
         latent = self.latent_dim or min(10, dim)
         self.encoder = _network(self.seed, (dim, *self.hidden, 2 * latent)).to(self.device)

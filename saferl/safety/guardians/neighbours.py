@@ -44,7 +44,7 @@ class Count(Guardian):
         super().__init__(features)
         self.declare("keys", "distinct", "counts", "multipliers")
 
-    def _fit(self, features, weights, groups, following) -> None:
+    def _fit(self, features, weights, groups, next_observations) -> None:
         self.keys, first, index, self.multipliers = distinct_rows(self.rows)
         self.distinct = self.rows[first]
         weights = torch.ones_like(index) if weights is None else weights
@@ -76,7 +76,7 @@ class KNN(Guardian):
             raise SaferlError(f"reduce must be 'mean' or 'kth', got {reduce!r}")
         self.neighbours, self.reduce = neighbours, reduce
 
-    def _fit(self, features, weights, groups, following) -> None:
+    def _fit(self, features, weights, groups, next_observations) -> None:
         if len(features) < self.neighbours:
             raise SaferlError(
                 f"{self.neighbours} neighbours need as many rows, got {len(features)}: pass more "
@@ -128,7 +128,7 @@ class KDE(Guardian):
         self.declare("bandwidth", "distinct", "log_weights")
         self._kernels: Search | None = None
 
-    def _fit(self, features, weights, groups, following) -> None:
+    def _fit(self, features, weights, groups, next_observations) -> None:
         n = len(features)
         weights = torch.ones(n, device=self.device) if weights is None else weights
         weights = weights.double() / weights.sum()
