@@ -80,7 +80,7 @@ def test_members_are_split_and_merged(data, tmp_path, capsys):
 
 def test_the_embedded_default_keeps_a_limit_that_its_data_break(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = ["--dataset-option", "size=20000", "--steps", "20", "--eval-interval", "0",
+    small = ["--dataset-option", "size=5000", "--steps", "20", "--eval-interval", "0",
              "--eval-episodes", "2", "--device", "cpu"]  # fmt: skip
     assert main(["train", *small]) == 0
     out = capsys.readouterr().out
