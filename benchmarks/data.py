@@ -100,7 +100,7 @@ def rolled_out(name: str, size: int | None) -> Any:
     digest = hashlib.sha256(repr((parts, size)).encode())
     for path in paths.values():
         digest.update(path.read_bytes())
-    cached = data_dir("evidence") / f"{name.split('/')[1]}-{digest.hexdigest()[:16]}.npz"
+    cached = data_dir("comparison") / f"{name.split('/')[1]}-{digest.hexdigest()[:16]}.npz"
     if cached.exists():
         return load_dataset(cached)
     runs = []

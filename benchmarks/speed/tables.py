@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report as common
-from benchmarks.report import pyplot
+from benchmarks.report import pyplot, table
 from benchmarks.speed import acting, online
 
 # Times are of the update alone on a CPU, of sampling and update on a GPU.
@@ -154,7 +153,7 @@ def report(document: dict[str, Any]) -> str:
         parts.append("**`--quick`: tiny networks, to see that everything runs. No number counts.**")
     for name, part in document["parts"].items():
         done = [row for row in part["rows"] if "failed" not in row]
-        text = [f"## {TITLES[name]}", common.table(HEADS[name], list(ROWS[name](done)))]
+        text = [f"## {TITLES[name]}", table(HEADS[name], list(ROWS[name](done)))]
         if missing := absent(name, part["rows"]):
             text.append(
                 "Not on this machine, or left out:\n\n" + "\n".join(f"- {line}" for line in missing)

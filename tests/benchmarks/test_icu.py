@@ -16,6 +16,7 @@ from saferl.agents.ogsrl import DiscreteOGSRL
 def run(monkeypatch):
     """The command with a checkpoint every 2 iterations; returns what it wrote."""
     monkeypatch.setattr(benchmark, "EVERY", 2)
+    monkeypatch.setitem(benchmark.SETTINGS, "hidden", [8])
     clinician = {"survival": 0.78, "cost": 0.74, "ood_rate": 0.12}
     monkeypatch.setattr(
         benchmark, "references", lambda: {"clinician": clinician, "frontier": [[0.6, 0.87]]}

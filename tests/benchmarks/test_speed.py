@@ -297,6 +297,7 @@ def test_without_a_gpu_the_gpu_benchmark_says_so(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it compiles
 def test_the_command_runs_and_keeps_parts(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "speed", "--quick", "--no-peer", "--agents",
                "td3_bc", "--out", str(tmp_path), "--parts"]  # fmt: skip
