@@ -61,8 +61,38 @@ def train(
     return agent, {key: value.tolist() for key, value in last.items()}
 
 
+def markdown(result: dict[str, Any]) -> str:
+    clinician = result["clinician"]
+    lines = [
+        "# CQL with a guardian in its backup, on ICU-Sepsis",
+        "",
+        f"`{result['command']}`, {result['date']}; {result['machine']['cpu']}; {result['seeds']} "
+        f"seeds, {result['updates']} updates.",
+        "",
+        f"{result['episodes']} logged episodes of clinicians. Survival (mean and standard "
+        "deviation over seeds), cost (steps with SOFA ≥ 10 per patient) and inadmissible steps are "
+        "exact for the greedy policy. *refused*: share of backups in which the guardian refused "
+        "the greedy pair, over the last tenth of the updates. Clinicians: "
+        f"{clinician['return']:.3f}, cost {clinician['cost']:.3f}, inadmissible "
+        f"{clinician['ood_rate']:.3f}; best possible .875.",
+        "",
+    ]
+    rows = []
+    for row in result["rows"]:
+        found = [np.array(row[name]) for name in NAMES]
+        refused = row.get("refused")
+        rows.append([
+            row["variant"], f"{row['weight']:g}", f"{found[0].mean():.3f}", f"{found[0].std():.3f}",
+            f"{found[1].mean():.3f}", f"{found[2].mean():.3f}",
+            "" if refused is None else f"{np.mean(refused):.3f}",
+        ])  # fmt: skip
+    heads = ["variant", "weight", "survival", "±", "cost", "inadmissible", "refused"]
+    return "\n".join([*lines, report.table(heads, rows)]) + "\n"
+
+
 class GuardedCQL(Study):
     name, packages = "guarded_cql", ("icu-sepsis",)
+    report = staticmethod(markdown)
 
     def options(self, parser: ArgumentParser) -> None:
         add(parser, "--updates", 5_000)
@@ -95,37 +125,5 @@ class GuardedCQL(Study):
             "variants": VARIANTS, "clinician": clinician, "rows": rows,
         }  # fmt: skip
 
-    def report(self, content: dict[str, Any]) -> str:
-        return markdown(content)
-
 
 STUDY = GuardedCQL()
-
-
-def markdown(result: dict[str, Any]) -> str:
-    clinician = result["clinician"]
-    lines = [
-        "# CQL with a guardian in its backup, on ICU-Sepsis",
-        "",
-        f"`{result['command']}`, {result['date']}; {result['machine']['cpu']}; {result['seeds']} "
-        f"seeds, {result['updates']} updates.",
-        "",
-        f"{result['episodes']} logged episodes of clinicians. Survival (mean and standard "
-        "deviation over seeds), cost (steps with SOFA ≥ 10 per patient) and inadmissible steps are "
-        "exact for the greedy policy. *refused*: share of backups in which the guardian refused "
-        "the greedy pair, over the last tenth of the updates. Clinicians: "
-        f"{clinician['return']:.3f}, cost {clinician['cost']:.3f}, inadmissible "
-        f"{clinician['ood_rate']:.3f}; best possible .875.",
-        "",
-    ]
-    rows = []
-    for row in result["rows"]:
-        found = [np.array(row[name]) for name in NAMES]
-        refused = row.get("refused")
-        rows.append([
-            row["variant"], f"{row['weight']:g}", f"{found[0].mean():.3f}", f"{found[0].std():.3f}",
-            f"{found[1].mean():.3f}", f"{found[2].mean():.3f}",
-            "" if refused is None else f"{np.mean(refused):.3f}",
-        ])  # fmt: skip
-    heads = ["variant", "weight", "survival", "±", "cost", "inadmissible", "refused"]
-    return "\n".join([*lines, report.table(heads, rows)]) + "\n"

@@ -71,35 +71,6 @@ def cell(heading: str, episodes: int, seed: int) -> dict[str, dict[str, float]]:
     return found
 
 
-class Guardians(Study):
-    name, packages = "guardians", ("icu-sepsis", "scipy")
-
-    def options(self, parser: ArgumentParser) -> None:
-        add(parser, "--seeds", 3)
-        add(parser, "--episodes", 5000)
-
-    def measure(self, options: Namespace) -> dict[str, Any]:
-        one_thread()
-        cells: dict[str, list[Any]] = {heading: [] for heading in STATES}
-        for heading in STATES:
-            for seed in range(options.seeds):
-                found = cell(heading, options.episodes, seed)
-                cells[heading].append(found)
-                best, of = max(found.items(), key=lambda item: item[1]["auroc"])
-                print(f"{heading}, seed {seed}: best {best} {of['auroc']:.3f}", flush=True)
-        return self.header(options) | {
-            "seeds": list(range(options.seeds)),
-            "episodes": options.episodes,
-            "cells": cells,
-        }
-
-    def report(self, content: dict[str, Any]) -> str:
-        return markdown(content)
-
-
-STUDY = Guardians()
-
-
 def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Guardians on ICU-Sepsis",
@@ -125,3 +96,30 @@ def markdown(result: dict[str, Any]) -> str:
             row.append(text)
         rows.append(row)
     return "\n".join([*lines, report.table(["guardian", *STATES], rows)]) + "\n"
+
+
+class Guardians(Study):
+    name, packages = "guardians", ("icu-sepsis", "scipy")
+    report = staticmethod(markdown)
+
+    def options(self, parser: ArgumentParser) -> None:
+        add(parser, "--seeds", 3)
+        add(parser, "--episodes", 5000)
+
+    def measure(self, options: Namespace) -> dict[str, Any]:
+        one_thread()
+        cells: dict[str, list[Any]] = {heading: [] for heading in STATES}
+        for heading in STATES:
+            for seed in range(options.seeds):
+                found = cell(heading, options.episodes, seed)
+                cells[heading].append(found)
+                best, of = max(found.items(), key=lambda item: item[1]["auroc"])
+                print(f"{heading}, seed {seed}: best {best} {of['auroc']:.3f}", flush=True)
+        return self.header(options) | {
+            "seeds": list(range(options.seeds)),
+            "episodes": options.episodes,
+            "cells": cells,
+        }
+
+
+STUDY = Guardians()

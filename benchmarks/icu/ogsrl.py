@@ -160,59 +160,6 @@ def summarise(cell: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class Ogsrl(Study):
-    name, packages = "ogsrl", ("icu-sepsis", "scipy")
-
-    def options(self, parser: ArgumentParser) -> None:
-        add(parser, "--iterations", 200)
-        add(parser, "--members", 5)
-        add(parser, "--episodes", 20_000, "logged")
-        add(parser, "--data-seed", 1)
-        add(parser, "--played", SETTINGS["episodes"], "per iteration")
-        add(parser, "--clone", CLONE, "updates of cloning")
-        add(parser, "--methods", tuple(METHODS), choices=list(METHODS))
-        add(parser, "--doses", "both", choices=DOSES)
-        add(parser, "--threads", 1)
-
-    def measure(self, options: Namespace) -> dict[str, Any]:
-        torch.set_num_threads(options.threads)
-        file = self.file(options)
-        names = ("iterations", "members", "episodes", "data_seed", "played", "clone")
-        plan = {name: getattr(options, name) for name in names}
-        cells: dict[str, Any] = {}
-        if file.exists() and not options.fresh:
-            earlier = json.loads(file.read_text())
-            if any(earlier[name] != value for name, value in plan.items()):
-                raise SystemExit(f"{file} has other options: pass --fresh or another --out")
-            cells = earlier["cells"]
-        result = plan | self.header(options)
-        result |= {"settings": SETTINGS, "budget": BUDGET, "cells": cells, **references()}
-        for doses in DOSES[options.doses]:
-            made = "clinician", options.episodes, options.data_seed
-            dataset = icu.make_dataset(*made, doses=doses)
-            for name in options.methods:
-                if key(name, doses) in cells:
-                    continue
-                print(key(name, doses), flush=True)
-                mine = file.with_name(f"{file.stem}.{name}-{int(doses)}.part.pt")
-                if options.fresh:
-                    mine.unlink(missing_ok=True)
-                mine.parent.mkdir(parents=True, exist_ok=True)
-                cells[key(name, doses)] = train(name, dataset, doses, options, mine)
-                write_json(file, result | {"date": now()})
-                mine.unlink(missing_ok=True)
-        return result | {"date": now()}
-
-    def report(self, content: dict[str, Any]) -> str:
-        return markdown(content)
-
-    def draw(self, content: dict[str, Any], path: Path) -> None:
-        draw(content, path)
-
-
-STUDY = Ogsrl()
-
-
 def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# OGSRL's variants on ICU-Sepsis",
@@ -301,3 +248,52 @@ def references() -> dict[str, Any]:
 
 def key(name: str, doses: bool) -> str:
     return f"{name}, {'with' if doses else 'without'} doses"
+
+
+class Ogsrl(Study):
+    name, packages = "ogsrl", ("icu-sepsis", "scipy")
+    report = staticmethod(markdown)
+    draw = staticmethod(draw)
+
+    def options(self, parser: ArgumentParser) -> None:
+        add(parser, "--iterations", 200)
+        add(parser, "--members", 5)
+        add(parser, "--episodes", 20_000, "logged")
+        add(parser, "--data-seed", 1)
+        add(parser, "--played", SETTINGS["episodes"], "per iteration")
+        add(parser, "--clone", CLONE, "updates of cloning")
+        add(parser, "--methods", tuple(METHODS), choices=list(METHODS))
+        add(parser, "--doses", "both", choices=DOSES)
+        add(parser, "--threads", 1)
+
+    def measure(self, options: Namespace) -> dict[str, Any]:
+        torch.set_num_threads(options.threads)
+        file = self.file(options)
+        names = ("iterations", "members", "episodes", "data_seed", "played", "clone")
+        plan = {name: getattr(options, name) for name in names}
+        cells: dict[str, Any] = {}
+        if file.exists() and not options.fresh:
+            earlier = json.loads(file.read_text())
+            if any(earlier[name] != value for name, value in plan.items()):
+                raise SystemExit(f"{file} has other options: pass --fresh or another --out")
+            cells = earlier["cells"]
+        result = plan | self.header(options)
+        result |= {"settings": SETTINGS, "budget": BUDGET, "cells": cells, **references()}
+        for doses in DOSES[options.doses]:
+            made = "clinician", options.episodes, options.data_seed
+            dataset = icu.make_dataset(*made, doses=doses)
+            for name in options.methods:
+                if key(name, doses) in cells:
+                    continue
+                print(key(name, doses), flush=True)
+                mine = file.with_name(f"{file.stem}.{name}-{int(doses)}.part.pt")
+                if options.fresh:
+                    mine.unlink(missing_ok=True)
+                mine.parent.mkdir(parents=True, exist_ok=True)
+                cells[key(name, doses)] = train(name, dataset, doses, options, mine)
+                write_json(file, result | {"date": now()})
+                mine.unlink(missing_ok=True)
+        return result | {"date": now()}
+
+
+STUDY = Ogsrl()

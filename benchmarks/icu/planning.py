@@ -185,59 +185,6 @@ def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-class Planning(Study):
-    name, stem, packages = "icu", "icu_sepsis", ("icu-sepsis", "scipy")
-
-    def options(self, parser: ArgumentParser) -> None:
-        add(parser, "--seeds", 5)
-        add(parser, "--episodes", (1000, 5000, 20_000))
-
-    def measure(self, options: Namespace) -> dict[str, Any]:
-        one_thread()
-        part = self.file(options).with_suffix(".part.json")  # so that an interrupted run goes on
-        cells = json.loads(part.read_text()) if part.exists() and not options.fresh else []
-        plans = [
-            (strategy, episodes, doses, seed)
-            for strategy in DATA
-            for doses in (True, False)
-            for episodes in (options.episodes if doses else [max(options.episodes)])
-            for seed in range(options.seeds)
-        ]
-        done = {tuple(one[name] for name in KEYS) for one in cells}
-        for key in (key for key in plans if key not in done):
-            strategy, episodes, doses, seed = key
-            rows = cell(episodes, seed, strategy, doses)
-            cells.append(dict(zip(KEYS, key)) | {"rows": rows})
-            write_json(part, cells)
-            none, best = rows["none"], max(rows, key=lambda name: rows[name]["survival"])
-            print(
-                f"{key}: unguarded {none['survival']:.3f} (promised {none['predicted']:.3f}), "
-                f"best {best} {rows[best]['survival']:.3f}",
-                flush=True,
-            )
-        cells = [one for one in cells if tuple(one[name] for name in KEYS) in plans]
-        found = self.header(options) | {
-            "seeds": list(range(options.seeds)),
-            "episodes": options.episodes,
-            "budget": BUDGET,
-            "references": references(),
-            "summary": summarise(cells),
-            "cells": cells,
-        }
-        write_json(self.file(options), found)
-        part.unlink(missing_ok=True)
-        return found
-
-    def report(self, content: dict[str, Any]) -> str:
-        return markdown(content)
-
-    def draw(self, content: dict[str, Any], path: Path) -> None:
-        draw(content, path)
-
-
-STUDY = Planning()
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The tables that results/icu_sepsis.md shows."""
     lines = [
@@ -317,3 +264,52 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
 
     report.plot(panels, path, y="survival", size=(5, 4.4), each=names)
+
+
+class Planning(Study):
+    name, stem, packages = "icu", "icu_sepsis", ("icu-sepsis", "scipy")
+    report = staticmethod(markdown)
+    draw = staticmethod(draw)
+
+    def options(self, parser: ArgumentParser) -> None:
+        add(parser, "--seeds", 5)
+        add(parser, "--episodes", (1000, 5000, 20_000))
+
+    def measure(self, options: Namespace) -> dict[str, Any]:
+        one_thread()
+        part = self.file(options).with_suffix(".part.json")  # so that an interrupted run goes on
+        cells = json.loads(part.read_text()) if part.exists() and not options.fresh else []
+        plans = [
+            (strategy, episodes, doses, seed)
+            for strategy in DATA
+            for doses in (True, False)
+            for episodes in (options.episodes if doses else [max(options.episodes)])
+            for seed in range(options.seeds)
+        ]
+        done = {tuple(one[name] for name in KEYS) for one in cells}
+        for key in (key for key in plans if key not in done):
+            strategy, episodes, doses, seed = key
+            rows = cell(episodes, seed, strategy, doses)
+            cells.append(dict(zip(KEYS, key)) | {"rows": rows})
+            write_json(part, cells)
+            none, best = rows["none"], max(rows, key=lambda name: rows[name]["survival"])
+            print(
+                f"{key}: unguarded {none['survival']:.3f} (promised {none['predicted']:.3f}), "
+                f"best {best} {rows[best]['survival']:.3f}",
+                flush=True,
+            )
+        cells = [one for one in cells if tuple(one[name] for name in KEYS) in plans]
+        found = self.header(options) | {
+            "seeds": list(range(options.seeds)),
+            "episodes": options.episodes,
+            "budget": BUDGET,
+            "references": references(),
+            "summary": summarise(cells),
+            "cells": cells,
+        }
+        write_json(self.file(options), found)
+        part.unlink(missing_ok=True)
+        return found
+
+
+STUDY = Planning()
