@@ -184,8 +184,8 @@ class Patients:
         world, chance = self.world, self.random.random((self.count, 2))
         self.visit += 1
         remission = chance[:, 0] < world.remission[self.disease, treatments]
-        following = chance[:, 1:] >= self._cumulative[treatments, self.disease]
-        self.disease = np.where(remission, self.disease, following.sum(1))
+        passed = chance[:, 1:] >= self._cumulative[treatments, self.disease]
+        self.disease = np.where(remission, self.disease, passed.sum(1))
         symptoms = self._draw_symptoms(world.effects[treatments])
         healthy = 0.1 * self.random.random((self.count, SYMPTOMS))
         worst = np.where(remission, 0.0, symptoms.max(1))

@@ -286,7 +286,7 @@ def make_dataset(
     _check("cost", cost, tuple(COSTS))
     seen = observations(observation, doses)
     log = sample_episodes(mdp(strategy), policy(behaviour, epsilon), episodes, seed, HORIZON)
-    states, chosen, following = log["states"], log["actions"], log["next_states"]
+    states, chosen, next_states = log["states"], log["actions"], log["next_states"]
     mixed = f", {epsilon:g} of the steps random" if epsilon else ""
     options = {"observation": observation, "doses": doses, "actions": actions,
                "strategy": strategy, "cost": cost}  # fmt: skip
@@ -315,10 +315,10 @@ def make_dataset(
     return Dataset.from_arrays(
         observations=seen[states],
         actions=chosen if actions == "discrete" else dose_levels()[chosen],
-        rewards=(following == SURVIVAL).astype(np.float32),
+        rewards=(next_states == SURVIVAL).astype(np.float32),
         terminals=log["terminals"],
         timeouts=log["timeouts"],
-        next_observations=seen[following],
+        next_observations=seen[next_states],
         costs=costs()[cost][states, chosen],
         card=card,
     )

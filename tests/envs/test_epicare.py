@@ -197,9 +197,9 @@ def test_a_visit_follows_the_specification():
                 reward += 64
                 observed = 0.1 * calm
             else:
-                following = pick(w.transitions[a, disease], chance[1])
-                seen["change"] += following != disease
-                disease = following
+                next_disease = pick(w.transitions[a, disease], chance[1])
+                seen["change"] += next_disease != disease
+                disease = next_disease
                 s = symptoms(disease, noise, w.effects[a])
                 reward -= 64 / (2 * 8 * 8) * sum(s)
                 worst = max(s)
@@ -334,10 +334,10 @@ def test_datasets_are_whole_episodes():
     assert data.observations.shape == (len(data), 80) and data.action_dim == 16
     inside = np.ones(len(data), bool)
     inside[data.episodes[:, 1] - 1] = False
-    following = np.flatnonzero(inside)
+    rows = np.flatnonzero(inside)
     # Within an episode the next observation is the next row's, its newest symptoms before it.
     np.testing.assert_array_equal(
-        data.next_observations[following], data.observations[following + 1]
+        data.next_observations[rows], data.observations[rows + 1]
     )
     np.testing.assert_array_equal(data.next_observations[:, 8:64], data.observations[:, :56])
     np.testing.assert_array_equal(data.next_observations[:, 64:].argmax(1), data.actions)

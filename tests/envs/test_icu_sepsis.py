@@ -102,16 +102,16 @@ def test_logged_episodes(log):
     # Ends right: each episode ends in death or survival, and nothing goes on after it.
     assert len(log.episodes) == log.terminals.sum() == 20_000
     assert not log.timeouts.any() and log.terminals[-1]
-    following = log.next_observations[:, 0].astype(int)
-    assert (log.terminals == (following >= icu.DEATH)).all()
-    assert (log.rewards == (following == icu.SURVIVAL)).all()
+    next_states = log.next_observations[:, 0].astype(int)
+    assert (log.terminals == (next_states >= icu.DEATH)).all()
+    assert (log.rewards == (next_states == icu.SURVIVAL)).all()
     inside = ~log.terminals[:-1]
-    assert (following[:-1][inside] == state[1:][inside]).all()
+    assert (next_states[:-1][inside] == state[1:][inside]).all()
     assert (log.costs == (icu.tables().sofa[state] >= 10)).all()
     outcome = icu.outcomes(log)
     assert (outcome[~log.terminals] == 0).all()
-    assert (outcome[following == icu.DEATH] == 1).all()
-    assert (outcome[following == icu.SURVIVAL] == 2).all()
+    assert (outcome[next_states == icu.DEATH] == 1).all()
+    assert (outcome[next_states == icu.SURVIVAL] == 2).all()
     # Only actions that clinicians take, as often as they take them.
     clinician = icu.tables().clinician
     assert (clinician[state, log.actions] > 0).all()

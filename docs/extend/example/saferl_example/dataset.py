@@ -29,9 +29,11 @@ def load(name: str, *, episodes: int = 20, **card_fields: Any) -> Dataset:
         observation, _ = env.reset(seed=episode)
         for step in range(100):
             action = np.clip(random.normal(VALVES[name], 0.3, 1), 0, 1)
-            following, reward, _, _, info = env.step(action)
-            rows.append((observation, action, reward, False, step == 99, following, info["cost"]))
-            observation = following
+            next_observation, reward, _, _, info = env.step(action)
+            rows.append(
+                (observation, action, reward, False, step == 99, next_observation, info["cost"])
+            )
+            observation = next_observation
     fields = {
         "id": f"tank/{name}",
         "env_id": "example/Tank-v0",
