@@ -59,7 +59,7 @@ class Agent(Generic[ConfigT]):
     needs_costs: ClassVar[bool] = False  # whether it cannot learn from data without costs
     needs_dataset: ClassVar[bool] = True  # whether an environment alone is not enough
     pretrained: ClassVar[bool] = False  # whether it is meant to begin with another run's networks
-    online: ClassVar[bool] = False  # acts while it learns; its Config is an OnlineConfig
+    online: ClassVar[bool] = False  # also learns in an environment; its Config is an OnlineConfig
     # Prefixes of state keys whose tensors all members share; every other has the member axis first.
     shared: ClassVar[frozenset[str]] = frozenset()
     # Earlier names of settings, and of parts of the state, to the present ones.
@@ -201,10 +201,10 @@ class Agent(Generic[ConfigT]):
         """
         return None
 
-    # What they share.
+    # Shared by all agents.
 
     def update(self, batch: Batch, learn: Callable[[Batch], Metrics] | None = None) -> Metrics:
-        """Run one update in the agent's precision: `learn`, or a compiled one in its place."""
+        """Run one update in the set precision: `learn`, or the function that an engine passes."""
         self.updates += 1
         self.key = self.update_key(self.updates)
         with compute_in(PRECISIONS[self.precision]):

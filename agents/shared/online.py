@@ -21,7 +21,7 @@ SHARES = ("constant", "annealed", "proportional")
 
 @dataclass(frozen=True)
 class OnlineConfig(AgentConfig):
-    """Fields of agents that act in an environment while they learn."""
+    """Fields of online-capable agents."""
 
     utd: float = 0.0  # critic steps per environment step; 0: one update per step
     sampling: str = "mixed"  # a share of every batch; block, alternate: one source per update
@@ -29,11 +29,11 @@ class OnlineConfig(AgentConfig):
     share_rule: str = "constant"  # annealed: to final_share; proportional: to the rows of each
     final_share: float = 0.0  # of the annealed share, reached after anneal_steps
     anneal_steps: int = 0  # environment steps
-    offline_steps: int = 0  # the first so many steps update on the dataset and act in nothing
+    offline_steps: int = 0  # offline pre-training updates, of the steps of the run
     random_steps: int = 5000  # environment steps of uniform actions, before the first update
-    start_steps: int = 0  # environment steps before the first update, whoever acts
+    start_steps: int = 0  # environment steps before learning starts
     online_capacity: int = 0  # rows of the online buffer per member; 0: every step of the run
-    exploration_budget: float = math.inf  # cost that acting may spend in the run, per member
+    exploration_budget: float = math.inf  # largest exploration cost of the run, per member
 
     def __post_init__(self):
         for name, known in (("sampling", SAMPLING), ("share_rule", SHARES)):

@@ -42,13 +42,13 @@ class PixelAgent(Agent[PixelConfigT]):
 
     @property
     def inputs(self) -> int:
-        """Numbers that actor and critics are given."""
+        """Number of inputs of actor and critics."""
         return self.config.features if self.spec.image else self.spec.observation_dim
 
     def behind_pixels(
         self, init: MemberRandom, actor: nn.Module, critic: nn.Module
     ) -> tuple[nn.Module, nn.Module]:
-        """Both as they are, or on a trunk each behind one encoder.
+        """Wrap with a shared encoder and separate trunks, if observations are images.
 
         Raises:
             SaferlError: the layers do not fit the images.

@@ -42,7 +42,7 @@ class QEnsemble(nn.Module):
     ) -> Tensor:
         """``[M, B, O], [M, B, A]`` to ``[M, E, B]``, or only the first ``elements`` critics.
 
-        ``frozen`` where the loss moves what chose the actions, not the critics.
+        ``frozen``: no gradient to the critics' weights, only to the actions.
         """
         return self.mlp(observations, actions, elements=elements, frozen=frozen).squeeze(-1)
 
@@ -52,7 +52,7 @@ class QEnsemble(nn.Module):
 
 
 class VEnsemble(nn.Module):
-    """E state-value networks V(s) for each member (E = 1 unless told otherwise)."""
+    """E state-value networks V(s) for each member (by default E = 1)."""
 
     def __init__(
         self, init: MemberRandom, observation_dim: int, hidden: tuple[int, ...], ensemble: int = 1

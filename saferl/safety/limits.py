@@ -148,8 +148,8 @@ class CostLimit:
 def limit_warnings(dataset: Any, limits: Sequence[float]) -> list[str]:
     """Why a limit may not mean what was intended on a `Dataset`: at most one line per limit.
 
-    Said of a limit that can never bind, for no episode can cost more; of one that every logged
-    episode keeps; and of one that none does. Infinite limits are none and are passed over.
+    Warns if the limit cannot bind because no episode can cost more, if every logged episode keeps
+    it, or if none does. Infinite limits are skipped.
 
     Raises:
         SaferlError: the dataset has no costs, or a limit is negative or not a number.

@@ -41,13 +41,13 @@ class OnlineEngine(Engine):
     """One environment per member: each step acts once in each, then makes the updates due.
 
     Args:
-        agent: one that acts (`Agent.online`).
+        agent: an online-capable one (`Agent.online`).
         vector_env: an environment for each member.
         steps: of the whole run.
         offline: rows of a dataset, or None.
         names: of the members, for what is said.
         guard: makes the guard of a member from its policy, a function of raw observations
-            ``[N, O]`` with an attribute ``spec``; None: nothing stands between.
+            ``[N, O]`` with an attribute ``spec``; None: no guard.
         say: receives what a user should know in mid-run.
         kind: how updates run, "eager" or "compile".
 
@@ -323,7 +323,7 @@ class OnlineEngine(Engine):
             guard.load_state_dict({name: value[m] for name, value in guards.items()})
 
     def _replay(self, member: int, elapsed: int, observation: np.ndarray) -> bool:
-        """Bring an environment to where it stood ``elapsed`` steps into its episode."""
+        """Replay ``elapsed`` steps of an environment's episode; whether the observation is the same."""
         vector_env = self.vector_env
         vector_env.running[:] = False
         try:
@@ -341,7 +341,7 @@ class OnlineEngine(Engine):
 
 
 class _Proposal:
-    """What a guard is made round: gives the action that the member's policy has drawn already."""
+    """Stub policy that returns the action already sampled."""
 
     def __init__(self, spec: Any):
         self.spec = spec
@@ -352,11 +352,11 @@ class _Proposal:
 
 
 def _complete(guard: Any) -> Any:
-    """``guard``, which must have what `OnlineEngine` asks of a `Shield`."""
+    """``guard``, checked for the methods of a `Shield` that `OnlineEngine` calls."""
     for name in ("__call__", "reset", "observe", "state_dict", "load_state_dict"):
         if not hasattr(guard, name):
             raise SaferlError(
-                f"guard returned a {type(guard).__name__} without {name}: it returns a "
-                "saferl.safety.Shield round the policy that it is given, or what has its methods"
+                f"guard returned a {type(guard).__name__} without {name}: it must "
+                "return a saferl.safety.Shield around its policy, or an object with its methods"
             )
     return guard

@@ -336,9 +336,7 @@ def test_datasets_are_whole_episodes():
     inside[data.episodes[:, 1] - 1] = False
     rows = np.flatnonzero(inside)
     # Within an episode the next observation is the next row's, its newest symptoms before it.
-    np.testing.assert_array_equal(
-        data.next_observations[rows], data.observations[rows + 1]
-    )
+    np.testing.assert_array_equal(data.next_observations[rows], data.observations[rows + 1])
     np.testing.assert_array_equal(data.next_observations[:, 8:64], data.observations[:, :56])
     np.testing.assert_array_equal(data.next_observations[:, 64:].argmax(1), data.actions)
     starts = data.episodes[:, 0]
