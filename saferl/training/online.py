@@ -45,10 +45,10 @@ class OnlineEngine(Engine):
         vector_env: an environment for each member.
         steps: of the whole run.
         offline: rows of a dataset, or None.
-        names: of the members, for what is said.
+        names: of the members, for messages.
         guard: makes the guard of a member from its policy, a function of raw observations
             ``[N, O]`` with an attribute ``spec``; None: no guard.
-        say: receives what a user should know in mid-run.
+        say: receives messages for the user.
         kind: how updates run, "eager" or "compile".
 
     Raises:
@@ -323,7 +323,7 @@ class OnlineEngine(Engine):
             guard.load_state_dict({name: value[m] for name, value in guards.items()})
 
     def _replay(self, member: int, elapsed: int, observation: np.ndarray) -> bool:
-        """Replay ``elapsed`` steps of an environment's episode; whether the observation is the same."""
+        """Replay ``elapsed`` steps of an episode; whether the observation is the same."""
         vector_env = self.vector_env
         vector_env.running[:] = False
         try:
