@@ -1,8 +1,8 @@
 """Layers of ReLU perceptrons, for K networks side by side, as one differentiable operation.
 
-The arithmetic is that of the plain layers; what is spared are passes over memory and nodes of the
-graph between the products. ReLUs and their gradients act in place, an input in several parts gets
-gradients of those parts alone that need one, and on a CPU products are formed as they are fastest:
+The arithmetic is that of the plain layers, with fewer passes over memory and fewer graph nodes
+between the products. ReLUs and their gradients act in place. An input in several parts gets
+gradients only for the parts that need one. On a CPU products use the fastest layout:
 
 - with few columns, transposed: up to 5 times faster;
 - into rows that begin on a cache line: 750 columns 10 to 30 % faster than into packed rows.

@@ -1,6 +1,6 @@
 """Playing environments: the vector environment, whole episodes, recorded transitions.
 
-played = rollout(policy, "saferl/HopperVelocity-v0", episodes=20)    # returns, costs [M, 20]
+result = rollout(policy, "saferl/HopperVelocity-v0", episodes=20)    # returns, costs [M, 20]
 """
 
 from saferl.rollout.collect import collect_transitions

@@ -107,8 +107,8 @@ def evaluate_run(
     plans = _guards(guard, fallback, config, limits, agent.members)
     makers = [_shields(policy, counting, fallback, budgets, device) for _, budgets, _ in plans]
     with Evaluator(env, agent.members, episodes) as evaluator:
-        played = evaluator.run(policy, seed, progress, counting)
-    bare = Evaluation.from_episodes(played, step)
+        ran = evaluator.run(policy, seed, progress, counting)
+    bare = Evaluation.from_episodes(ran, step)
     if limits and bare.costs is None:
         raise SaferlError(NO_COST)
     values: Values = {}
@@ -240,8 +240,8 @@ def _alone(
 ) -> Evaluation:  # fmt: skip
     """The episodes of one guarded member."""
     with Evaluator(env, 1, episodes) as evaluator:
-        played = evaluator.run(shield, seed, progress, guardian)
-    rows = Evaluation.from_episodes(played, step)
+        ran = evaluator.run(shield, seed, progress, guardian)
+    rows = Evaluation.from_episodes(ran, step)
     return dataclasses.replace(rows, members=np.full(len(rows), member))
 
 

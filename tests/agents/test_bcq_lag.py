@@ -94,9 +94,9 @@ def test_updates_are_the_reference(float64, member):
                 q = [t(state, a2).item() for t in cost_targets]
                 groups = max(q[:2]), max(q[2:])
                 spent.append(lam * max(groups) + (1 - lam) * min(groups))
-            runs_on = 1 - own.terminals[i].item()
-            y.append(r[i].item() + gamma * runs_on * max(values))
-            y_cost.append(own.costs[i].item() + gamma_c * runs_on * max(spent))
+            not_done = 1 - own.terminals[i].item()
+            y.append(r[i].item() + gamma * not_done * max(values))
+            y_cost.append(own.costs[i].item() + gamma_c * not_done * max(spent))
         losses = {"vae_loss": vae_loss}
         for name, optimizer, ensemble, goal in (
             ("critic_loss", critic_optimizer, critics, torch.tensor(y)),

@@ -72,9 +72,9 @@ def test_updates_are_the_reference(float64, member, heads):
         metrics = agent.update(batch)
         own = member_of(batch, member)
         s, a, s2 = own.observations, own.actions, own.next_observations
-        runs_on = 1 - own.terminals
-        y = (own.rewards + gamma * runs_on * value(s2)[:, 0]).detach()
-        y_cost = (own.costs + gamma_c * runs_on * cost_value(s2)[:, 0]).detach()
+        not_done = 1 - own.terminals
+        y = (own.rewards + gamma * not_done * value(s2)[:, 0]).detach()
+        y_cost = (own.costs + gamma_c * not_done * cost_value(s2)[:, 0]).detach()
 
         earned = torch.minimum(*(t(s, a)[:, 0] for t in critic_targets))
         spent = torch.maximum(*(t(s, a)[:, 0] for t in cost_targets))

@@ -98,9 +98,9 @@ def test_updates_are_the_reference(float64, member):
             dear = max(t(*row).item() for t in cost_targets)
             indicators.add(dear <= budget)
             value = min(t(*row).item() for t in critic_targets) if dear <= budget else 0.0
-            runs_on = 1 - own.terminals[i].item()
-            y.append(own.rewards[i].item() + gamma * runs_on * value)
-            y_cost.append(own.costs[i].item() + gamma_c * runs_on * dear)
+            not_done = 1 - own.terminals[i].item()
+            y.append(own.rewards[i].item() + gamma * not_done * value)
+            y_cost.append(own.costs[i].item() + gamma_c * not_done * dear)
         critic_loss = sum(((c(s, a)[:, 0] - torch.tensor(y)) ** 2).mean() for c in critics)
         descend(critic_optimizer, critic_loss)
 

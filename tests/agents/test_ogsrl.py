@@ -1,4 +1,4 @@
-"""OGSRL: one update against a plain reference, and the episodes that are played."""
+"""OGSRL: one update against a plain reference, and the episodes that are simulated."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def make(discrete: bool, dataset: Dataset | None = None, members=MEMBERS, **sett
     return agent
 
 
-def played(agent):
+def simulated(agent):
     """What the agent's next update will play, its random stream left as it was."""
     state = agent.random.state_dict()
     rollout = agent._simulate(agent.models[0])
@@ -84,7 +84,7 @@ class Reference:
     """Advantages and totals of one member by loops over the steps of a rollout."""
 
     def __init__(self, agent, member: int, discounts: tuple[float, ...], gae: float):
-        rollout = played(agent)
+        rollout = simulated(agent)
         observations = seen(agent, rollout)
         self.critics = nets(agent.critic, member)
         cost_net, shift, scale = (
@@ -183,7 +183,7 @@ def check_cpo(
         cost_limit=limit or 1.0, discount=gamma, kl=delta,
         cost_discount=gamma_c, damping=damping, cg_iterations=120, critic_lr=1e-2, **settings,
     )  # fmt: skip
-    # Networks are asked about all states where the steps played are more than those.
+    # Networks are asked about all states where there are more simulated steps than states.
     assert (agent._rows(torch.zeros(2, 1).long(), None).lookup is None) == (not states)
     reference = Reference(agent, member, (gamma, gamma, gamma_c), 0.95)
     j_ood, j_cost = reference.totals[1:]

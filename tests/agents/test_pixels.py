@@ -1,4 +1,4 @@
-"""SAC and MOORL from pixels: an update against a plain reference, the meta step, hybrid runs."""
+"""SAC and MOORL from pixels: an update against a plain reference, the meta step, online runs."""
 
 from __future__ import annotations
 

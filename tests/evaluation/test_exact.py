@@ -63,9 +63,9 @@ def test_exact_values_are_those_of_long_play():
     task = tabular_task(LADDER)
     exact = exact_values(task, Climbs())
     assert exact == {"return": [1, 3, 4], "cost": [0, 1, 2], "ood_rate": [0, 0, 0.5]}
-    played = saferl.evaluate(Climbs(), LADDER, 3)
-    assert played.matrix().mean(1).tolist() == exact["return"]
-    assert played.matrix("costs").mean(1).tolist() == exact["cost"]
+    result = saferl.evaluate(Climbs(), LADDER, 3)
+    assert result.matrix().mean(1).tolist() == exact["return"]
+    assert result.matrix("costs").mean(1).tolist() == exact["cost"]
 
 
 def test_the_frontier_is_the_best_mixture_at_each_budget():

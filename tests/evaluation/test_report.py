@@ -134,8 +134,8 @@ def test_rows_survive_a_file_and_the_last_step_counts(tmp_path):
 def test_counted_steps_survive_a_file_and_those_not_counted_are_unknown(tmp_path):
     counts = {"ood": np.array([[1, 0, 2, 3], [0, 0, 0, 4]]), "replaced": np.full((2, 4), 2)}
     lengths = np.full((2, 4), 10)
-    played = Episodes(np.array(RETURNS, float), np.array(COSTS, float), lengths, "F", 0, **counts)
-    last = Evaluation.from_episodes(played, 9)
+    result = Episodes(np.array(RETURNS, float), np.array(COSTS, float), lengths, "F", 0, **counts)
+    last = Evaluation.from_episodes(result, 9)
     whole = Evaluation.concatenate([made(RETURNS, COSTS, 3), last])
     whole.write(tmp_path / "e.csv")
     header, first, *_, final = (tmp_path / "e.csv").read_text().splitlines()

@@ -61,13 +61,13 @@ class Constant:
 
 
 def test_every_member_plays_the_same_episodes_with_its_own_actions():
-    played = rollout(Constant(0.5, -1.0, 7.0), Count, episodes=6, seed=3)
+    result = rollout(Constant(0.5, -1.0, 7.0), Count, episodes=6, seed=3)
     lengths = lengths_of(range(3, 9))
     assert len(set(lengths)) > 2
-    np.testing.assert_array_equal(played.lengths, [lengths] * 3)
-    np.testing.assert_allclose(played.costs, 0.25 * played.lengths)
+    np.testing.assert_array_equal(result.lengths, [lengths] * 3)
+    np.testing.assert_allclose(result.costs, 0.25 * result.lengths)
     # 7 lies outside the Box and is executed as 1.
-    np.testing.assert_allclose(played.returns, np.outer([0.5, -1, 1], lengths))
+    np.testing.assert_allclose(result.returns, np.outer([0.5, -1, 1], lengths))
 
 
 def test_unsupported_steps_are_counted_for_each_episode():
@@ -79,10 +79,10 @@ def test_unsupported_steps_are_counted_for_each_episode():
             return (observations[:, 1] % 2 == 1) & (actions[:, 0] > 0)
 
     policy = Constant(0.5, -1.0)
-    played = rollout(policy, Count, episodes=7, seed=3, guardian=Guardian())
+    result = rollout(policy, Count, episodes=7, seed=3, guardian=Guardian())
     lengths = np.array(lengths_of(range(3, 10)))  # steps 0 … length - 1, of which half are odd
-    np.testing.assert_array_equal(played.ood, [lengths // 2, 0 * lengths])
-    assert played.replaced is None and rollout(policy, Count, episodes=2).ood is None
+    np.testing.assert_array_equal(result.ood, [lengths // 2, 0 * lengths])
+    assert result.replaced is None and rollout(policy, Count, episodes=2).ood is None
 
 
 def test_actions_may_depend_on_member_and_observation():
@@ -92,10 +92,10 @@ def test_actions_may_depend_on_member_and_observation():
         def forward(self, observations):
             return observations[..., :1] * torch.tensor([0.125, -0.125])[:, None, None]
 
-    played = rollout(Start(), Count, episodes=5)
+    result = rollout(Start(), Count, episodes=5)
     lengths = np.array(lengths_of(range(5)))
     expected = 0.125 * (lengths - 3) * lengths
-    np.testing.assert_allclose(played.returns, [expected, -expected])
+    np.testing.assert_allclose(result.returns, [expected, -expected])
 
 
 def test_episodes_queue_for_slots(monkeypatch):
@@ -176,9 +176,9 @@ def test_discrete_actions_dict_observations_and_a_gymnasium_id():
         assert observations.shape[2] == 4
         return np.zeros(observations.shape[:2], np.int64)
 
-    played = rollout(left, "CartPole-v1", 3)
-    assert (played.returns == played.lengths).all() and (played.lengths < 12).all()
-    assert played.costs is None and played.env == "CartPole-v1"
+    result = rollout(left, "CartPole-v1", 3)
+    assert (result.returns == result.lengths).all() and (result.lengths < 12).all()
+    assert result.costs is None and result.env == "CartPole-v1"
 
     class Parts(Count):
         observation_space = spaces.Dict(
@@ -195,8 +195,8 @@ def test_discrete_actions_dict_observations_and_a_gymnasium_id():
 
     # Index 1 is the second action, 6, which this environment takes as a reward.
     Parts.step = lambda self, action: Count.step(self, np.array(action))
-    played = rollout(one, Parts, 2)
-    np.testing.assert_array_equal(played.returns, 6 * played.lengths)
+    result = rollout(one, Parts, 2)
+    np.testing.assert_array_equal(result.returns, 6 * result.lengths)
 
 
 def broken(**changes):
@@ -356,7 +356,7 @@ def test_equal_episodes_give_exactly_the_steps_asked_for():
             return super().reset(seed=seed)
 
     assert len(collect_transitions(Constant(1.0), Counted, 100, envs=6)["rewards"]) == 100
-    assert started == list(range(20))  # none was played in vain
+    assert started == list(range(20))  # no episode was started in vain
 
 
 def test_random_actions_fill_the_box_or_the_discrete_set():

@@ -602,18 +602,18 @@ def test_steps_that_are_left_out():
 
 
 def test_evaluated_like_a_policy():
-    played = rollout(Shield(constant(2), Near((0.0,)), spec=LINE), PointEnv, episodes=3)
+    result = rollout(Shield(constant(2), Near((0.0,)), spec=LINE), PointEnv, episodes=3)
     still = rollout(Shield(constant(0), spec=LINE), PointEnv, episodes=3)
-    np.testing.assert_array_equal(played.returns, still.returns)
+    np.testing.assert_array_equal(result.returns, still.returns)
 
 
 def test_evaluator_feeds_costs_back():
     bare = Shield(constant(2), spec=LINE)
     assert rollout(bare, PointEnv, episodes=12).costs.mean() > 10
     guard = Shield(constant(2), fallback=constant(-2), cost_limit=6, reserve=4, spec=LINE)
-    played = rollout(guard, PointEnv, episodes=200)  # more than run side by side: slots are reused
-    assert (played.costs <= 6).all() and played.costs.max() >= 5
-    assert guard.summary()["steps"] == played.lengths.sum()
+    result = rollout(guard, PointEnv, episodes=200)  # more than run side by side: slots are reused
+    assert (result.costs <= 6).all() and result.costs.max() >= 5
+    assert guard.summary()["steps"] == result.lengths.sum()
     assert guard.summary()["by_reason"]["budget"] > 0
     assert set(r.episode for r in guard.records) == {0, 1}
 

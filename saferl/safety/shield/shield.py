@@ -1,4 +1,4 @@
-"""Run-time guard: wraps a policy, keeps account of its budget, replaces unsafe actions.
+"""Run-time guard: wraps a policy, enforces a cost budget, replaces unsafe actions.
 
     shield = Shield(policy, guardian, fallback=controller, cost_limit=25.0)
     shield.reset()
