@@ -19,7 +19,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from scipy.signal import lfilter
 from torch import Tensor
 
 from saferl.errors import SaferlError
@@ -122,6 +121,8 @@ class ReturnsToGo(Extra):
             return np.full((len(rewards), 1), -np.inf, np.float32)
         if (rewards == np.float32(self.failure_reward)).all():
             return np.full((len(rewards), 1), self.failure_reward / (1 - self.discount), np.float32)
+        from scipy.signal import lfilter  # slow to import, and few agents need it
+
         backwards = rewards[::-1].astype(np.float64)
         found = lfilter([1.0], [1.0, -self.discount], backwards)[::-1]
         return found.astype(np.float32)[:, None]

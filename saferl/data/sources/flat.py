@@ -22,11 +22,13 @@ def read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]
     """Arrays of a flat HDF5 file (D4RL, DSRL, `Dataset.save`) and the card if one was saved.
 
     Floats are converted to float32 while they are read. Other keys (``infos/*``, ``metadata/*``)
-    are not read. Raises `SaferlError` for missing keys (naming those present), a truncated or
-    foreign file, and data that do not fit into memory.
+    are not read. Raises `SaferlError` for a missing file, missing keys (naming those present), a
+    truncated or foreign file, and data that do not fit into memory.
     """
     import h5py
 
+    if not path.is_file():
+        raise SaferlError(f"{path} does not exist: give the path of an HDF5 file")
     try:
         with h5py.File(path, "r") as file:
             keys: list[str] = []
