@@ -4,9 +4,10 @@
     git clone https://github.com/corl-team/CORL
     python -m benchmarks published --a2pr A2PR --corl CORL      # minutes
 
-A2PR's own code, and CORL's TD3+BC, IQL, CQL and Cal-QL. Each class is built and stepped as it is,
-on a bundled dataset; what its file imports for other purposes (d4rl, wandb) is replaced by empty
-modules. Reported is how far apart the weights are.
+A2PR's own code, and CORL's TD3+BC, IQL, CQL, Cal-QL and ReBRAC. Each class is built and stepped as
+it is, on a bundled dataset; what its file imports for other purposes (d4rl, wandb) is replaced by
+empty modules. Reported is how far apart the weights are. ReBRAC's file also needs jax, flax, optax
+and chex; without them its rows are left out, and the command says so.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -71,6 +73,7 @@ class Published:
     Attributes:
         agent: the name of ours.
         source, file: where the code is.
+        needs: modules that its file cannot do without, beside torch.
         settings: ours, where their defaults are others.
         theirs: their agent.
     """
@@ -79,6 +82,7 @@ class Published:
     source: str
     file: str
     settings: ClassVar[dict[str, Any]] = {}
+    needs: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, data: Any, config: Any):
         self.config, self.sizes = config, (data.observation_dim, data.action_dim)
@@ -269,7 +273,126 @@ class CorlCalQL(CorlCQL):
     settings: ClassVar[dict[str, Any]] = {"hidden": [256, 256, 256]}
 
 
-KINDS: tuple[type[Published], ...] = (AuthorsA2PR, CorlTD3BC, CorlIQL, CorlCQL, CorlCalQL)
+class CorlReBRAC(Published):
+    """JAX functions of weights, which are kept in torch layers between updates.
+
+    Without LayerNorm, which theirs has behind the ReLU and ours before it. Their actor is stepped
+    in every second update from the second on, as ours is; their loop begins with the first.
+    """
+
+    agent, source, file = "rebrac", "corl", "algorithms/offline/rebrac.py"
+    needs = ("jax", "flax", "optax", "chex")
+    settings: ClassVar[dict[str, Any]] = {
+        "critic_layer_norm": False, "batch_size": 256, "actor_beta": 0.05, "critic_beta": 0.01,
+    }  # fmt: skip
+
+    def build(self, module: ModuleType) -> Any:
+        from torch import nn
+
+        def layers(*sizes: int) -> nn.Sequential:
+            return nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(sizes)))
+
+        (o, a), hidden = self.sizes, self.config.hidden
+        self.nets = {
+            name: [layers(o, *hidden, a)] if name.startswith("actor") else
+                  [layers(o + a, *hidden, 1) for _ in range(2)]
+            for name in ("actor", "critic", "actor_target", "critic_target")
+        }  # fmt: skip
+        self.states: tuple[Any, Any] | None = None
+        self.updates = 0
+        return module
+
+    def networks(self) -> dict[str, list[Any]]:
+        return self.nets
+
+    def step(self, batch: list[Any], random: Any) -> None:
+        import jax
+        import torch
+
+        c, module = self.config, self.theirs
+        s, a, r, s2, terminal, next_a, known = (x.squeeze(-1) for x in batch)
+        known = known.bool() | terminal.bool()  # their loader leaves out other rows
+        rows = torch.where(known, torch.arange(len(r)), int(known.nonzero()[0]))
+        jax.config.update("jax_enable_x64", s.dtype == torch.float64)
+        names = "states", "actions", "rewards", "next_states", "dones", "next_actions"
+        fields = {k: jax.numpy.asarray(x[rows].numpy())
+                  for k, x in zip(names, (s, a, r, s2, terminal, next_a))}  # fmt: skip
+        if self.states is None:
+            self.states = self._start()
+        actor, critic = self.states
+        noise = jax.numpy.asarray(random.normal(*a.shape)[0].numpy())
+        self.updates += 1
+        common = {
+            "key": jax.random.PRNGKey(0), "actor": actor, "critic": critic, "batch": fields,
+            "gamma": c.discount, "metrics": mock.MagicMock(), "actor_bc_coef": c.actor_beta,
+            "critic_bc_coef": c.critic_beta, "tau": c.tau, "policy_noise": c.policy_noise,
+            "noise_clip": c.noise_clip,
+        }  # fmt: skip
+        with mock.patch.object(jax.random, "normal", lambda key, shape: noise):
+            if self.updates % c.policy_interval == 0:
+                _, *states, _ = module.update_td3(normalize_q=c.normalize_q, **common)
+            else:
+                _, *states, _ = module.update_td3_no_targets(**common)
+        self.states = tuple(states)
+        self._read()
+
+    def _start(self) -> tuple[Any, Any]:
+        import optax
+
+        module, c = self.theirs, self.config
+        size, depth = c.hidden[0], len(c.hidden)
+        nets = (
+            module.DetActor(self.sizes[1], size, False, depth),
+            module.EnsembleCritic(size, 2, False, depth),
+        )
+        kinds = module.ActorTrainState, module.CriticTrainState
+        return tuple(
+            kind.create(
+                apply_fn=net.apply, tx=optax.adam(learning_rate=rate),
+                params=self._params(name), target_params=self._params(f"{name}_target"),
+            )
+            for kind, net, name, rate in zip(
+                kinds, nets, ("actor", "critic"), (c.actor_lr, c.critic_lr)
+            )
+        )  # type: ignore[return-value]  # fmt: skip
+
+    def _params(self, name: str) -> Any:
+        """Weights of torch layers as flax names them."""
+        import jax.numpy as jnp
+        import numpy as np
+
+        columns = [[(x.weight.T, x.bias) for x in net] for net in self.nets[name]]
+        found = {}
+        for number, each in enumerate(zip(*columns)):
+            arrays = [np.stack([part.detach().numpy() for part in parts]) for parts in zip(*each)]
+            if name.startswith("actor"):
+                arrays = [array[0] for array in arrays]
+            kernel, bias = map(jnp.array, arrays)
+            found[f"Dense_{number}"] = {"kernel": kernel, "bias": bias}
+        return {"params": found if name.startswith("actor") else {"VmapCritic_0": found}}
+
+    def _read(self) -> None:
+        """Their weights into the torch layers."""
+        import numpy as np
+        import torch
+
+        assert self.states is not None
+        for state, name in zip(self.states, ("actor", "critic")):
+            for params, target in ((state.params, name), (state.target_params, f"{name}_target")):
+                layers = params["params"].get("VmapCritic_0", params["params"])
+                for e, net in enumerate(self.nets[target]):
+                    for number, layer in enumerate(net):
+                        part = layers[f"Dense_{number}"]
+                        kernel, bias = np.array(part["kernel"]), np.array(part["bias"])
+                        if name == "critic":
+                            kernel, bias = kernel[e], bias[e]
+                        layer.weight.data.copy_(torch.from_numpy(kernel).T)
+                        layer.bias.data.copy_(torch.from_numpy(bias))
+
+
+KINDS: tuple[type[Published], ...] = (
+    AuthorsA2PR, CorlTD3BC, CorlIQL, CorlCQL, CorlCalQL, CorlReBRAC,
+)  # fmt: skip
 
 
 def compare(
@@ -334,6 +457,9 @@ class Fidelity(Study):
         rows = []
         for kind in KINDS:
             folder = getattr(options, kind.source)
+            if absent := [name for name in kind.needs if importlib.util.find_spec(name) is None]:
+                print(f"{kind.agent} is left out: pip install {' '.join(absent)}", file=sys.stderr)
+                continue
             for precision in ("float64", "float32"):
                 rows += compare(kind, folder, options.size, options.updates, precision)
                 told = f"{kind.agent} {precision}: {rows[-1]['apart']}"

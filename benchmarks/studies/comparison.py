@@ -95,7 +95,7 @@ class Comparison(Trained):
         tasks, waiting = [], dict(SENSITIVITY)
         for group in (*GROUPS, others):
             chosen = [n for n in group if not asked or any(fnmatchcase(n, p) for p in asked)]
-            if not datasets.SHARED_DATA.is_dir():
+            if not options.report and not datasets.SHARED_DATA.is_dir():
                 chosen = [name for name in chosen if name not in SHARED]
             tasks += [(name, agent, None) for tier in TIERS for name in chosen for agent in tier
                       if agent in options.agents]  # fmt: skip

@@ -25,7 +25,7 @@ def run(*arguments: str, out: Path) -> int:
 
 def plan(**changes) -> argparse.Namespace:
     values = {"datasets": None, "agents": list(comparison.NAMES), "members": 3, "size": None,
-              "updates": 100, "hidden": 64, "batch_size": 64, "cql_samples": 4}  # fmt: skip
+              "updates": 100, "hidden": 64, "batch_size": 64, "cql_samples": 4, "report": False}  # fmt: skip
     return argparse.Namespace(**values | changes)
 
 
@@ -128,6 +128,8 @@ def test_order_of_work(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "SHARED_DATA", tmp_path / "absent")
     names = {key["dataset"] for key in comparison.STUDY.keys(plan())}
     assert len(names) == 21 and not any(name.startswith("shared/") for name in names)
+    names = {key["dataset"] for key in comparison.STUDY.keys(plan(report=True))}
+    assert any(name.startswith("shared/") for name in names)  # their results are committed
 
 
 def test_settings_published_where_there_are_any_then_the_scale():
