@@ -62,8 +62,10 @@ def imports_of(folder: Path) -> Iterator[None]:
     finally:
         sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None) or ""
-            if name in empty or str(file).startswith(str(folder)):
+            module = sys.modules[name]
+            # A folder without __init__.py has no file, but a path.
+            where = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+            if name in empty or any(str(x).startswith(str(folder)) for x in where):
                 del sys.modules[name]
 
 

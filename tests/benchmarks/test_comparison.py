@@ -25,7 +25,8 @@ def run(*arguments: str, out: Path) -> int:
 
 def plan(**changes) -> argparse.Namespace:
     values = {"datasets": None, "agents": list(comparison.NAMES), "members": 3, "size": None,
-              "updates": 100, "hidden": 64, "batch_size": 64, "cql_samples": 4, "report": False}  # fmt: skip
+              "updates": 100, "hidden": 64, "batch_size": 64, "cql_samples": 4,
+              "report": False}  # fmt: skip
     return argparse.Namespace(**values | changes)
 
 

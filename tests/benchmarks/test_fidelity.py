@@ -128,7 +128,8 @@ def test_a_stand_in_is_not_a2pr(authors):
     before = set(sys.modules)
     (row,) = published.compare(published.AuthorsA2PR, authors, 600, 1, "float32")
     assert row["apart"]["critic"] > 0.5 and row["apart"]["vae"] is None  # not moved
-    assert not {"A2PR", "core", "core.nets", "wandb"} & (set(sys.modules) - before)
+    left = {"A2PR", "core", "core.nets", "wandb"} & (set(sys.modules) - before)
+    assert not left
     assert str(authors) not in sys.path
     text = published.STUDY.report(
         {"rows": [row], "command": "c", "date": "d", "machine": {"cpu": "p"}}
