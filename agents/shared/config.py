@@ -43,7 +43,7 @@ def between(config: Any, name: str, low: float, high: float, above: bool = False
             raise SaferlError(f"{name} must be {lower} at most {high:g}, got {value:g}")
 
 
-def check(config: AgentConfig, variants: frozenset[str]) -> None:
+def check(config: AgentConfig, per_member: frozenset[str]) -> None:
     """Raise `SaferlError` where a value cannot be meant, whichever agent it is for.
 
     ``per_member``: names of the fields that may differ between members.
@@ -54,10 +54,10 @@ def check(config: AgentConfig, variants: frozenset[str]) -> None:
             if any(size < 1 for size in found):
                 raise SaferlError(f"{name} takes numbers of 1 or more, got {found}")
             continue
-        if isinstance(getattr(config, name), tuple) and name not in variants:
+        if isinstance(getattr(config, name), tuple) and name not in per_member:
             raise SaferlError(
                 f"{name} cannot differ between members; these can: "
-                f"{', '.join(sorted(variants)) or 'none'}"
+                f"{', '.join(sorted(per_member)) or 'none'}"
             )
         odd = any(value != value for value in found)
         if odd and name != "cost_limit":  # which `check_limit` refuses in its own words

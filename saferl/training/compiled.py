@@ -1,4 +1,4 @@
-"""`Agent.learn` compiled: its operations are recorded once per pattern and handed to Inductor.
+"""`Agent.learn` compiled: its operations are recorded once per update key and handed to Inductor.
 
 A recorded update is a list of tensor operations, backward passes included, and as such free of what
 stops a tracer of Python code: optimisers, generators, own gradients, several losses on one graph.
@@ -49,10 +49,10 @@ HOST_READS = {
 
 
 class Compiled:
-    """`Agent.learn` of one agent, compiled for each pattern of its updates.
+    """`Agent.learn` of one agent, compiled for each update key.
 
     Numbers are drawn before the update and handed in; which they are is noted in a first, eager
-    update of each pattern. The second is recorded as it runs and compiled. The third runs twice:
+    update of each key. The second is recorded as it runs and compiled. The third runs twice:
     by the program, which is taken back, and eagerly, to compare. From the fourth on the program
     runs alone.
     """
@@ -70,23 +70,23 @@ class Compiled:
             SaferlError: the update cannot be recorded, or the compiler failed.
         """
         agent = self.agent
-        pattern = agent.key
-        if pattern not in self._requests:
+        key = agent.key
+        if key not in self._requests:
             with agent.random.noting() as requests:
                 metrics = agent.learn(batch)
-            self._requests[pattern] = requests
+            self._requests[key] = requests
             return metrics
-        drawn = agent.random.draw(self._requests[pattern])
-        if pattern not in self._programs:
+        drawn = agent.random.draw(self._requests[key])
+        if key not in self._programs:
             recording, metrics = self._record(batch, drawn)
-            self._programs[pattern] = Program(recording, metrics)
-            self._recordings[pattern] = recording.slim()
+            self._programs[key] = Program(recording, metrics)
+            self._recordings[key] = recording.slim()
             return metrics
-        program = self._programs[pattern]
-        if pattern not in self._recordings:
+        program = self._programs[key]
+        if key not in self._recordings:
             return program([*batch.tensors(), *drawn])
-        metrics = self._compare(program, self._recordings[pattern], batch, drawn)
-        del self._recordings[pattern]
+        metrics = self._compare(program, self._recordings[key], batch, drawn)
+        del self._recordings[key]
         return metrics
 
     def _record(self, batch: Batch, drawn: Sequence[Tensor]) -> tuple[Recording, dict[str, Tensor]]:
@@ -248,16 +248,16 @@ class Recording:
         Raises:
             SaferlError: it is not; the line that differs is named.
         """
-        patterns = "tell such updates apart by Agent.update_key"
+        remedy = "tell such updates apart by Agent.update_key"
         for one, two in itertools.zip_longest(self.steps, other.steps):
             if one is None or two is None or one[:2] != two[:2]:
                 line = (two or one)[3]
-                raise _unrecordable(f"{line} does other operations on another batch", patterns)
+                raise _unrecordable(f"{line} does other operations on another batch", remedy)
             numbers, line = two[2:]
             if not all(a == b or (a != a and b != b) for a, b in zip(one[2], numbers)):
                 raise _unrecordable(
                     f"{line} computes with a number of Python's that changes between updates",
-                    f"keep it in a tensor that is changed in place, or {patterns}",
+                    f"keep it in a tensor that is changed in place, or {remedy}",
                 )
         for (one, _), (two, line) in zip(self.kept.values(), other.kept.values(), strict=True):
             # What two updates take from the same memory is state. Anything else was made in the
