@@ -98,6 +98,10 @@ class Published:
         """Their modules for each of our networks, in the order of an ensemble."""
         raise NotImplementedError
 
+    def usable(self, batch: Any) -> Any:
+        """The batch that both are given."""
+        return batch
+
     def step(self, batch: list[Any], random: Any) -> None:
         """One update on ``[s, a, r, s', terminal]``, or with the return-to-go behind them."""
         self.theirs.train(batch)
@@ -307,17 +311,23 @@ class CorlReBRAC(Published):
     def networks(self) -> dict[str, list[Any]]:
         return self.nets
 
+    def usable(self, batch: Any) -> Any:
+        """Rows without a next action, which their loader leaves out, give way to another row."""
+        import torch
+
+        known = (batch.extras["has_next_action"] + batch.terminals)[0] > 0
+        rows = torch.where(known, torch.arange(len(known)), int(known.nonzero()[0]))
+        return batch.map(lambda field: field[:, rows])
+
     def step(self, batch: list[Any], random: Any) -> None:
         import jax
         import torch
 
         c, module = self.config, self.theirs
-        s, a, r, s2, terminal, next_a, known = (x.squeeze(-1) for x in batch)
-        known = known.bool() | terminal.bool()  # their loader leaves out other rows
-        rows = torch.where(known, torch.arange(len(r)), int(known.nonzero()[0]))
+        s, a, r, s2, terminal, next_a, _ = (x.squeeze(-1) for x in batch)
         jax.config.update("jax_enable_x64", s.dtype == torch.float64)
         names = "states", "actions", "rewards", "next_states", "dones", "next_actions"
-        fields = {k: jax.numpy.asarray(x[rows].numpy())
+        fields = {k: jax.numpy.asarray(x.numpy())
                   for k, x in zip(names, (s, a, r, s2, terminal, next_a))}  # fmt: skip
         if self.states is None:
             self.states = self._start()
@@ -421,6 +431,7 @@ def compare(
         random, rows = MemberRandom([0], stream=1), []
         for update in range(1, updates + 1):
             batch = buffer.sample(config.batch_size).map(lambda field: field.to(dtype))
+            batch = published.usable(batch)
             fields = [batch.observations, batch.actions, batch.rewards[..., None],
                       batch.next_observations, batch.terminals[..., None]]  # fmt: skip
             fields += [extra[..., None] for extra in batch.extras.values()]
