@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from saferl import __version__
 from saferl.errors import SaferlError
-from saferl.runs.config import RunConfig
+from saferl.runs.config import MOST_THREADS, RunConfig
 from saferl.runs.config import options as run_options
 
 # The embedded default, for neither --dataset nor --env: minutes on two cores.
@@ -99,6 +99,12 @@ def _spelled_out(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(text)
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -126,10 +132,10 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("train", _train, "Train an agent; alone, it runs the embedded default.")
     _run_options(p)
-    p.add_argument("--out", type=Path, help="run folder (default: runs/AGENT-DATASET)")
+    p.add_argument("--out", type=_path, help="run folder (default: runs/AGENT-DATASET)")
     p.add_argument("--resume", type=Path, metavar="RUN", help="continue a run folder")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
-    p.add_argument("--memory-map", type=Path, metavar="FILE", help="buffer in a file, not memory")
+    p.add_argument("--memory-map", type=_path, metavar="FILE", help="buffer in a file, not memory")
     p.add_argument("--quiet", action="store_true", help="no progress, no table")
     p.add_argument(
         "--print-config",
@@ -168,21 +174,23 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("report", _report, "Write one HTML report of one or more runs.")
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    p.add_argument("--out", type=Path, help="default: report.html in the first run")
+    p.add_argument("--out", type=_path, help="default: report.html in the first run")
 
     p = command("split", _split, "Write each member of a run as a run folder of its own.")
     p.add_argument("path", type=Path, metavar="RUN")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR",
+    p.add_argument("--out", type=_path, required=True, metavar="DIR",
                    help="receives member-0, …; is the run folder itself with --member")  # fmt: skip
     p.add_argument("--member", type=int, help="this one alone, counted from 0")
 
     p = command("merge", _merge, "Write the members of several runs as one run folder.")
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run folder to write")
+    p.add_argument(
+        "--out", type=_path, required=True, metavar="DIR", help="the run folder to write"
+    )
 
     p = command("collect", _collect, "Roll out a run's policy, or random actions, into a dataset.")
     p.add_argument("source", metavar="RUN|random")
-    p.add_argument("--out", type=Path, help="file to write (.npz or .hdf5)")
+    p.add_argument("--out", type=_path, help="file to write (.npz or .hdf5)")
     p.add_argument("output", nargs="?", type=Path, help=argparse.SUPPRESS)  # its earlier place
     p.add_argument("--env", help="default: the run's")
     p.add_argument("--steps", type=int, default=100_000, help="transitions, whole episodes")
@@ -263,8 +271,8 @@ def _machine(parser: argparse.ArgumentParser) -> None:
 def _set_threads(count: int) -> None:
     import torch
 
-    if count < 1:
-        raise SaferlError("--threads must be 1 or more")
+    if not 1 <= count <= MOST_THREADS:
+        raise SaferlError(f"--threads must be from 1 to {MOST_THREADS}, got {count}")
     torch.set_num_threads(count)
 
 

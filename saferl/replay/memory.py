@@ -34,6 +34,14 @@ def allocate(
     """
     need = math.prod(shape) * dtype.itemsize
     if file is not None:
+        file = Path(file)
+        if not file.parent.is_dir():
+            raise SaferlError(f"--memory-map {file}: the folder {file.parent} does not exist")
+        if file.exists() and (not file.is_file() or file.stat().st_size != need):
+            raise SaferlError(
+                f"--memory-map {file} exists and is no buffer of this run: name a file that is "
+                "not there yet"
+            )
         say(f"buffer: {human(need)} in {file}")
         kind = torch.empty(0, dtype=dtype).numpy().dtype
         return torch.from_numpy(np.memmap(file, kind, "w+", shape=shape))

@@ -200,7 +200,10 @@ class VectorEnv:
 
     def begin(self, seeds: int | np.ndarray) -> None:
         """Forget whatever ran before. ``seeds``: one for all, or one per environment."""
-        self.seeds[:] = seeds
+        try:
+            self.seeds[:] = seeds
+        except OverflowError:
+            raise SaferlError(f"a seed is a whole number below 2^63, got {seeds}") from None
         self.has_costs = False
         self.running[:] = False
 

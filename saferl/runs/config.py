@@ -18,6 +18,7 @@ from typing import Any
 from saferl.errors import SaferlError, unknown
 
 OBJECT = "a Python object"  # stands in config.yaml for a Dataset or environment that has no name
+MOST_THREADS = 1024  # torch crashes on numbers that no machine has
 FORMAT = 2  # of config.yaml; `saferl.runs.upgrade` reads earlier ones
 
 Values = dict[str, Any]
@@ -33,6 +34,10 @@ class Member:
 
     seed: int
     values: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise SaferlError(f"a seed is a whole number from 0 to 2^63 - 1, got {self.seed!r}")
 
     def __str__(self) -> str:
         return " ".join(filter(None, [self.group.label, f"seed={self.seed}"]))
@@ -126,7 +131,7 @@ class RunConfig:
     steps: int = option(20_000, "updates per member; environment steps for agents that act online",
                         low=1, resumable=True)  # fmt: skip
     members: int | tuple[Member, ...] = option(3, "seeds trained side by side", low=1)
-    seed: int = option(0, "of the first member; the others follow")
+    seed: int = option(0, "of the first member; the others follow", low=0)
     cost_limits: tuple[float, ...] = option(
         (), "expected undiscounted cost per episode, in user units", low=0, flag="--cost-limit",
         metavar="LIMIT",
@@ -161,6 +166,8 @@ class RunConfig:
             for number in value if spec.name == "cost_limits" else (value,):
                 if isinstance(number, (int, float)):
                     _check(spec.name, number, low)
+        if isinstance(self.threads, int) and self.threads > MOST_THREADS:
+            raise SaferlError(f"threads must be {MOST_THREADS} or less, got {self.threads}")
 
     # The record of a run that is resolved.
 
@@ -216,14 +223,30 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """The inverse of `to_dict`; raises `SaferlError` for what is no run's record."""
+        if values.get("format", FORMAT) != FORMAT:
+            raise SaferlError(
+                f"the run's config.yaml has format {values['format']!r}, this version reads up to "
+                f"{FORMAT}: upgrade saferl"
+            )
         values = {key: value for key, value in values.items() if key != "format"}
         members = values.get("members")
+        for spec in dataclasses.fields(cls):
+            value = values.get(spec.name, spec.default)
+            whole = type(spec.default) is int and spec.name != "members"
+            if whole and type(value) is not int:
+                raise SaferlError(
+                    f"the run's config.yaml has {spec.name}: {value!r}, which is no whole number: "
+                    "restore the file or start another run"
+                )
         try:
             if isinstance(members, list):
                 values["members"] = tuple(Member(**member) for member in members)
             return cls().replace(**values)
         except TypeError as error:
-            raise SaferlError(f"the configuration of the run cannot be read: {error}") from error
+            raise SaferlError(
+                "the run's config.yaml is damaged (its members are not a list of seed and values): "
+                "restore the file or start another run"
+            ) from error
 
 
 def options(kind: type = RunConfig) -> dict[str, dataclasses.Field[Any]]:

@@ -157,3 +157,17 @@ def test_buffer_takes_the_float32_bytes_of_the_data():
 
 def test_human():
     assert [human(v) for v in (5, 1536, 3 * 2**30)] == ["5 B", "1.5 KiB", "3.0 GiB"]
+
+
+def test_a_memory_map_never_overwrites_another_file(point, tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    for path, message in (
+        (file, "exists and is no buffer"),
+        (tmp_path / "no/rows", "does not exist"),
+    ):
+        with pytest.raises(SaferlError, match=message):
+            ReplayBuffer.from_dataset(point, SPEC, [0], memory_map=path)
+    assert file.read_text() == "mine"
+    for _ in range(2):  # a run that goes on makes its own file again
+        ReplayBuffer.from_dataset(point, SPEC, [0], memory_map=tmp_path / "rows")

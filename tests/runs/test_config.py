@@ -84,3 +84,21 @@ def test_members_have_names_with_all_their_digits():
     group = Member(0, {"alpha": 2.5, "cost_limit": 20.0}).group
     assert group.cost_limit == 20 and group.family == "alpha=2.5"
     assert Member(0, {"cost_limit": float("inf")}).group.cost_limit is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 99}, "format 99, this version reads up to 2: upgrade"),
+        ({"steps": "many"}, "steps: 'many', which is no whole number"),
+        ({"members": [{"seed": "abc"}]}, "a seed is a whole number from 0"),
+        ({"members": [{"seed": -1}]}, "a seed is a whole number from 0"),
+        ({"members": ["seed 1"]}, "members are not a list of seed and values"),
+        ({"members": [{"seed": 0, "alpha": 1}]}, "members are not a list of seed and values"),
+    ],
+)
+def test_a_damaged_record_is_one_line_that_says_what_to_do(changes, message):
+    record = RunConfig(members=(Member(0),)).to_dict()
+    assert RunConfig.from_dict(record).who == (Member(0),)
+    with pytest.raises(SaferlError, match=message):
+        RunConfig.from_dict(record | changes)
