@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saferl.data.dataset import Dataset
 from saferl.replay.batch import Batch
-from saferl.replay.extras import Extra, Window, of_dataset
+from saferl.replay.extras import Extra, of_dataset
 from saferl.replay.layout import RowLayout
 from saferl.replay.memory import allocate
 from saferl.rng import MemberRandom, Stream
@@ -189,8 +189,6 @@ class ReplayBuffer(SharedBuffer):
 
     def gather(self, index: Tensor) -> Batch:
         batch, rows = take(self.layout, self.rows, index, self.device)
-        if not any(isinstance(extra, Window) for extra in self.layout.extras):
-            return batch
 
         def back(length: int) -> tuple[Batch, Tensor]:
             steps = torch.arange(length - 1, -1, -1, device=index.device)
@@ -310,8 +308,6 @@ class OnlineBuffer:
     def gather(self, index: Tensor) -> Batch:
         """The rows at ``index`` ``[M, B]``, counted over the rows of all members."""
         batch, rows = take(self.layout, self.rows, index, self.device)
-        if not any(isinstance(extra, Window) for extra in self.layout.extras):
-            return batch
 
         def back(length: int) -> tuple[Batch, Tensor]:
             owner, at = index // self.capacity, index % self.capacity
@@ -391,6 +387,9 @@ def with_windows(
 
     ``back(L)``: the L rows up to each row ``[M, B, L]``, and 1 where such a row is held.
     """
+
+    if not any(extra.looks_back for extra in layout.extras):
+        return batch
 
     def gather(length: int) -> tuple[dict[str, Tensor], Tensor]:
         found, present = back(length)

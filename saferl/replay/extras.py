@@ -36,6 +36,11 @@ class Extra:
 
     name: ClassVar[str]
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether it has fields that need other rows of the episode."""
+        return type(self).window_fields is not Extra.window_fields
+
     def width(self, spec: Spec) -> int:
         """Floats that are stored for a row."""
         raise NotImplementedError

@@ -28,7 +28,7 @@ from saferl.replay.buffer import (
     silent,
     take,
 )
-from saferl.replay.extras import Extra, Window
+from saferl.replay.extras import Extra
 from saferl.replay.layout import RowLayout
 from saferl.replay.memory import allocate
 from saferl.spec import Spec
@@ -41,7 +41,7 @@ def frame_shape(spec: Spec) -> tuple[int, ...]:
 
 def refuse_windows(extras: tuple[Extra, ...]) -> None:
     """Raise `SaferlError` for an extra that looks at earlier rows: there are none of pixels."""
-    if any(isinstance(extra, Window) for extra in extras):
+    if any(extra.looks_back for extra in extras):
         raise SaferlError("windows of steps are of vectors: pixels have a frame stack instead")
 
 

@@ -10,6 +10,7 @@ import torch
 
 from saferl.errors import SaferlError
 from saferl.replay import (
+    Extra,
     MixedSampler,
     NextActions,
     OnlineBuffer,
@@ -160,3 +161,35 @@ def test_what_cannot_be_is_one_line():
     pixels = Spec(12, 1, action_low=(-1.0,), action_high=(1.0,), image=(3, 2, 2))
     with pytest.raises(SaferlError, match="pixels have a frame stack"):
         OnlineFrameBuffer(pixels, 4, [0], extras=(Window(2),))
+
+
+class PreviousReward(Extra):
+    """A third party's extra that looks at the row before, and is no `Window`."""
+
+    name = "previous_reward"
+
+    def width(self, spec):
+        return 1
+
+    def of_episode(self, actions, rewards, complete):
+        return np.minimum(np.arange(len(rewards)), 1)[:, None]  # 0: nothing is before the first
+
+    def fields(self, stored, spec):
+        return {}
+
+    def window_fields(self, stored, gather):
+        found, present = gather(2)
+        return {self.name: found["rewards"][..., 0] * stored[..., 0] * present[..., 0]}
+
+
+def test_any_extra_may_look_back(point):
+    batch = everything(ReplayBuffer.from_dataset(point, SPEC, [0], extras=(PreviousReward(),)))
+    rewards = SPEC.rewards(point.rewards)
+    expected = np.append(0, rewards[:-1])
+    expected[point.episodes[:, 0]] = 0
+    if point.fragment is not None:
+        expected[point.episodes[-1, 1]] = 0
+    np.testing.assert_allclose(batch.extras["previous_reward"][0], expected, atol=1e-6)
+    pixels = dataclasses.replace(SPEC, observation_dim=27, image=(3, 3, 3))
+    with pytest.raises(SaferlError, match="pixels have a frame stack"):
+        OnlineFrameBuffer(pixels, 4, [0], extras=(PreviousReward(),))
