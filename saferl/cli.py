@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from saferl import __version__
 from saferl.errors import SaferlError
-from saferl.runs.config import MOST_THREADS, RunConfig
+from saferl.runs.config import RunConfig, check_option
 from saferl.runs.config import options as run_options
 
 # The embedded default, for neither --dataset nor --env: minutes on two cores.
@@ -209,7 +209,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     Their defaults are None here: --resume has to tell what was given.
     """
     for name, spec in run_options().items():
-        flag = spec.metadata["flag"] or "--" + name.replace("_", "-")
+        flag = _flag(name, spec)
         text = spec.metadata["help"] + _default_in_words(name, spec)
         if name == "agent":
             parser.add_argument("agent", nargs="?", help=text)
@@ -224,6 +224,10 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
             kind = int if "int" in str(spec.type) else str
             parser.add_argument(flag, type=kind, dest=name, help=text,
                                 metavar=spec.metadata["metavar"])  # fmt: skip
+
+
+def _flag(name: str, spec: Field[Any]) -> str:
+    return spec.metadata["flag"] or "--" + name.replace("_", "-")
 
 
 def _default_in_words(name: str, spec: Field[Any]) -> str:
@@ -271,8 +275,7 @@ def _machine(parser: argparse.ArgumentParser) -> None:
 def _set_threads(count: int) -> None:
     import torch
 
-    if not 1 <= count <= MOST_THREADS:
-        raise SaferlError(f"--threads must be from 1 to {MOST_THREADS}, got {count}")
+    check_option("threads", count)
     torch.set_num_threads(count)
 
 
@@ -325,8 +328,7 @@ def _refuse_beside_resume(given: argparse.Namespace) -> None:
     refused = []
     for name, spec in run_options().items():
         if not spec.metadata["resumable"] and getattr(given, name, None) not in (None, []):
-            flag = spec.metadata["flag"] or "--" + name.replace("_", "-")
-            refused.append("AGENT" if name == "agent" else flag)
+            refused.append("AGENT" if name == "agent" else _flag(name, spec))
     refused += ["--dataset-option"] * bool(given.dataset_option) + ["--column"] * bool(given.column)
     refused += ["--out"] * (given.out is not None) + ["--print-config"] * given.print_config
     if refused:

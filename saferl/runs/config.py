@@ -87,6 +87,7 @@ def option(
     help: str,
     *,
     low: float | None = None,
+    high: float = math.inf,
     flag: str | None = None,
     metavar: str | None = None,
     shown: str | None = None,
@@ -95,13 +96,14 @@ def option(
     """A field of `RunConfig`.
 
     Args:
-        low: least value of a number. flag: spelling on the command line, ``--field-name`` if None.
+        low, high: bounds of a number; without ``low`` it is not checked.
+        flag: spelling on the command line, ``--field-name`` if None.
         metavar: of the command line's help. shown: default in words, where None means something.
         resumable: whether a run that goes on may be given another value.
     """
     metadata = {
-        "help": help, "low": low, "flag": flag, "metavar": metavar, "shown": shown,
-        "resumable": resumable,
+        "help": help, "low": low, "high": high, "flag": flag, "metavar": metavar,
+        "shown": shown, "resumable": resumable,
     }  # fmt: skip
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -151,7 +153,7 @@ class RunConfig:
     keep_checkpoints: int = option(2, "so many of the last stay on disk", low=1, metavar="N")
     engine: str = option("auto", "auto, eager, compile or cuda_graph", resumable=True)
     precision: str = option("fp32", "fp32, or bf16 where the device has it")
-    threads: int = option(1, "CPU threads of torch", low=1)
+    threads: int = option(1, "CPU threads of torch", low=1, high=MOST_THREADS)
     start_from: str | None = option(
         None, "begin with the networks of a run, e.g. an offline one", flag="--from", metavar="RUN"
     )
@@ -160,14 +162,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "cost_limits", tuple(self.cost_limits))
         for spec in dataclasses.fields(self):
-            low, value = spec.metadata.get("low"), getattr(self, spec.name)
-            if low is None:
+            value = getattr(self, spec.name)
+            if spec.metadata.get("low") is None:
                 continue
             for number in value if spec.name == "cost_limits" else (value,):
                 if isinstance(number, (int, float)):
-                    _check(spec.name, number, low)
-        if isinstance(self.threads, int) and self.threads > MOST_THREADS:
-            raise SaferlError(f"threads must be {MOST_THREADS} or less, got {self.threads}")
+                    check_option(spec.name, number)
 
     # The record of a run that is resolved.
 
@@ -254,13 +254,17 @@ def options(kind: type = RunConfig) -> dict[str, dataclasses.Field[Any]]:
     return {spec.name: spec for spec in dataclasses.fields(kind) if spec.metadata}
 
 
-def _check(name: str, number: float, low: float) -> None:
+def check_option(name: str, number: float) -> None:
+    """Raise `SaferlError` where a number is not in the range of an option of `RunConfig`."""
+    bounds = options()[name].metadata
     if name == "cost_limits":
         if not 0 <= number < math.inf:
             raise SaferlError(f"a cost limit is a number of 0 or more per episode, got {number!r}")
-    elif number < low:
+    elif number < bounds["low"]:
         unit = " steps" if name.endswith("_interval") else ""
-        raise SaferlError(f"{name} must be {low} or more{unit}, got {number}")
+        raise SaferlError(f"{name} must be {bounds['low']} or more{unit}, got {number}")
+    elif number > bounds["high"]:
+        raise SaferlError(f"{name} must be {bounds['high']} or less, got {number}")
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ from saferl.errors import SaferlError
 from saferl.io import part
 from saferl.registry import agent_class
 from saferl.replay import SharedBuffer, make_buffer
+from saferl.replay.buffer import silent
 from saferl.rollout import Env, Evaluator, VectorEnv
 from saferl.runs.config import RunConfig
 from saferl.runs.folder import RunFolder
@@ -174,7 +175,7 @@ class _Setup:
             return None
         place = self.place
         # Memory that is no file is in the line of `announce` already.
-        say = self.say if place.memory_map is not None else _silent
+        say = self.say if place.memory_map is not None else silent
         extras = self.cls.batch_extras(self.settings)
         buffer = make_buffer(
             rows, spec, self.config.seeds, place.device, extras, place.memory_map, say
@@ -261,7 +262,3 @@ def _spec(
         reward_scale=float(settings.reward_scale),
         reward_shift=float(settings.reward_shift),
     )
-
-
-def _silent(line: str) -> None:
-    pass

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import saferl
-from saferl.cli import _parser
+from saferl.cli import _parser, main
 from saferl.errors import SaferlError
 from saferl.runs.config import Member, RunConfig, groups_of, options, plain
 from saferl.runs.folder import RunFolder
@@ -102,3 +102,11 @@ def test_a_damaged_record_is_one_line_that_says_what_to_do(changes, message):
     assert RunConfig.from_dict(record).who == (Member(0),)
     with pytest.raises(SaferlError, match=message):
         RunConfig.from_dict(record | changes)
+
+
+@pytest.mark.parametrize("threads", [0, 99_999_999])
+def test_threads_have_one_range_for_all_commands(threads, capsys):
+    with pytest.raises(SaferlError, match=f"threads must be .* got {threads}"):
+        RunConfig(threads=threads)
+    assert main(["evaluate", "run", "--threads", str(threads)]) == 2
+    assert f"got {threads}" in capsys.readouterr().err
